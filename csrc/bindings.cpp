@@ -1,0 +1,25 @@
+// The Python module tpweave._C: each area registers its own functions.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "common/cpu_features.h"
+#include "common/parallel.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  using namespace tpweave;
+  m.doc() = "Native kernels of tpweave.";
+  m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  m.def("set_active_isa", &set_active_isa, py::arg("name"));
+  m.def("openmp_runtime", &openmp_runtime);
+  m.def("max_threads", &max_threads);
+
+  register_rms_norm(m);
+}

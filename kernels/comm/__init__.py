@@ -1,0 +1,1 @@
+"""Triton kernels of `tpweave.comm`, one module per stem."""

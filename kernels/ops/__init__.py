@@ -1,0 +1,1 @@
+"""Triton kernels of `tpweave.ops`, one module per stem."""

@@ -1,0 +1,30 @@
+"""Tensor-parallel kernels for PyTorch: fused attention, collectives woven into matmuls, layers that drop in.
+
+Names are imported on first use: `import tpweave` costs little beyond `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from tpweave.version import __version__
+
+_EXPORTS = {
+    "explain": "tpweave.dispatch",
+    "rms_norm": "tpweave.ops.rms_norm",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'tpweave' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""nn.Modules whose parameters are split over the ranks of a group."""

@@ -1,0 +1,167 @@
+"""RMS norm with an optional fused residual add.
+
+    h = x + residual            (rounded to x's dtype; h = x without a residual)
+    y = h * rstd * weight,      rstd = 1 / sqrt(mean(h^2) + eps)
+    dh = rstd * (g - xhat * mean(g * xhat)) + dresidual_out,  g = dy * weight, xhat = h * rstd;  dx = dresidual = dh
+    dweight = sum over rows of dy * xhat
+
+Dims: H hidden, N all other dims together. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
+from tpweave.library import register_op
+from tpweave.native import DTYPE_CODES, _C
+from tpweave.reference.ops.rms_norm import rms_norm_reference
+
+Tensor = torch.Tensor
+
+
+def _data_ptr(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rms_norm_fwd_cpu(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    weight = None if weight is None else weight.to(x.dtype).contiguous()
+    y = torch.empty_like(x)
+    h = x if residual is None else torch.empty_like(x)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+    _C.rms_norm_fwd(
+        x.data_ptr(), _data_ptr(residual), _data_ptr(weight), y.data_ptr(), h.data_ptr(), rstd.data_ptr(),
+        rstd.numel(), x.shape[-1], eps, DTYPE_CODES[x.dtype],
+    )  # fmt: skip
+    return y, h, rstd
+
+
+def rms_norm_bwd_cpu(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    h, dy = h.contiguous(), dy.contiguous()
+    dh = None if dh is None else dh.contiguous()
+    w = None if weight is None else weight.to(h.dtype).contiguous()
+    dx = torch.empty_like(h)
+    dw = None if weight is None else torch.empty(h.shape[-1], dtype=torch.float32)
+    _C.rms_norm_bwd(
+        dy.data_ptr(), _data_ptr(dh), h.data_ptr(), _data_ptr(w), rstd.contiguous().data_ptr(), dx.data_ptr(),
+        _data_ptr(dw), rstd.numel(), h.shape[-1], DTYPE_CODES[h.dtype],
+    )  # fmt: skip
+    return dx, None if dw is None else dw.to(weight.dtype)
+
+
+def rms_norm_fwd_reference(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    h = x if residual is None else x + residual
+    wide = h if h.dtype == torch.float64 else h.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    return rms_norm_reference(h, weight, eps), h, rstd
+
+
+def rms_norm_bwd_reference(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    xhat = h.to(rstd.dtype) * rstd[..., None]
+    g = dy.to(rstd.dtype)
+    gw = g if weight is None else g * weight.to(rstd.dtype)
+    dx = (gw - xhat * (gw * xhat).mean(-1, keepdim=True)) * rstd[..., None]
+    if dh is not None:
+        dx = dx + dh.to(rstd.dtype)
+    dw = None if weight is None else (g * xhat).flatten(0, -2).sum(0).to(weight.dtype)
+    return dx.to(h.dtype), dw
+
+
+RMS_NORM = Op("rms_norm", [
+    Backend("cpu", rms_norm_fwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("reference", rms_norm_fwd_reference, Needs()),
+])  # fmt: skip
+RMS_NORM_BWD = Op("rms_norm_bwd", [
+    Backend("cpu", rms_norm_bwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("reference", rms_norm_bwd_reference, Needs()),
+])  # fmt: skip
+
+
+def _impl(x, weight, eps, residual, backend):
+    y, h, rstd = RMS_NORM.choose(Inputs([x, weight, residual]), backend).run(x, weight, eps, residual)
+    # An op may not return its input: without a residual, h is x and the caller has it.
+    return y, h if residual is not None else x.new_empty(0), rstd
+
+
+def _fake(x, weight, eps, residual, backend):
+    h = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), h, rstd
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, residual, backend = inputs
+    _, h, rstd = output
+    ctx.save_for_backward(x if residual is None else h, weight, rstd)
+    ctx.has_residual, ctx.backend = residual is not None, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh, drstd):
+    h, weight, rstd = ctx.saved_tensors
+    if dy is None:
+        return dh, None, None, dh if ctx.has_residual else None, None
+    dx, dw = _rms_norm_bwd_op(dy, dh if ctx.has_residual else None, h, weight, rstd, ctx.backend)
+    return dx, None if weight is None else dw, None, dx if ctx.has_residual else None, None
+
+
+def _bwd_impl(dy, dh, h, weight, rstd, backend):
+    dx, dw = RMS_NORM_BWD.choose(Inputs([dy, dh, h, weight]), backend).run(dy, dh, h, weight, rstd)
+    return dx, dy.new_empty(0) if dw is None else dw
+
+
+def _bwd_fake(dy, dh, h, weight, rstd, backend):
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return dx, dy.new_empty(0) if weight is None else torch.empty_like(weight)
+
+
+_rms_norm_bwd_op = register_op(
+    "rms_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, str? backend) -> (Tensor, Tensor)",
+    _bwd_impl, _bwd_fake,
+)  # fmt: skip
+_rms_norm_op = register_op(
+    "rms_norm(Tensor x, Tensor? weight, float eps, Tensor? residual, str? backend) -> (Tensor, Tensor, Tensor)",
+    _impl, _fake, _backward, _setup_context,
+)  # fmt: skip
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, residual: Tensor | None = None, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS norm over the last dimension, differentiable in x, weight and residual.
+
+    Args:
+        x: [..., H], fp32, bf16, fp16 (native) or fp64 (reference).
+        weight: [H], or None for no scale.
+        eps: added to the mean of squares.
+        residual: [..., H] of x's dtype, added to x first.
+        backend: force one row of the table, e.g. `"reference"`.
+
+    Returns:
+        y of x's shape and dtype; with a residual `(y, x + residual)`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> y, h = tpweave.rms_norm(x, weight, 1e-6, residual=h)
+    """
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"rms_norm needs a floating-point x of at least 1 dim, got {x.dtype} of shape {tuple(x.shape)}")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x's last dim needs ({x.shape[-1]},)")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, x is {x.dtype} {tuple(x.shape)}; they must match"
+        )
+    for name, other in (("weight", weight), ("residual", residual)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"rms_norm: {name} is on {other.device}, x on {x.device}")
+    y, h, _ = _rms_norm_op(x, weight, eps, residual, backend)
+    return y if residual is None else (y, h)

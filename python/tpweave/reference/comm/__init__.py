@@ -1,0 +1,1 @@
+"""References of `tpweave.comm`, one module per stem."""

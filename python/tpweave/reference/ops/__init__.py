@@ -1,0 +1,1 @@
+"""References of `tpweave.ops`, one module per stem."""

@@ -1,0 +1,117 @@
+"""Builds tpweave._C: every csrc unit once, and `*_kernel.cpp` under csrc/cpu once per instruction set.
+
+Environment: CXX (compiler), MAX_JOBS (parallel compilations), CXXFLAGS (added last),
+TPWEAVE_EMULATE_AVX512=1 (AVX-512 units compiled against an emulation header, for testing them on AVX2 machines).
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-pthread"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
+                "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns of its own avx512fintrin.h
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+}
+
+
+def version() -> str:
+    text = (ROOT / "python/tpweave/version.py").read_text()
+    return re.search(r'__version__ = "([^"]+)"', text).group(1)
+
+
+def compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if shutil.which(shlex.split(name)[0]):
+            return name
+    sys.exit("tpweave: no C++17 compiler found (looked for $CXX, c++, g++, clang++); install one, e.g. the package g++.")
+
+
+class BuildExt(build_ext):
+    """Compiles in parallel and only what changed, from the compiler's own dependency files."""
+
+    def build_extension(self, ext):
+        import pybind11
+
+        cxx = shlex.split(compiler())
+        emulate = os.environ.get("TPWEAVE_EMULATE_AVX512") == "1"
+        objects_dir = pathlib.Path(self.build_temp).resolve() / ("csrc-emulated" if emulate else "csrc")
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        if emulate:
+            extra += ["-DTPWEAVE_EMULATED_AVX512", f"-I{ROOT / 'tests/emulation'}"]
+        jobs = []
+        for source in sorted((ROOT / "csrc").rglob("*.cpp")):
+            stem = source.relative_to(ROOT / "csrc").with_suffix("")
+            if not source.name.endswith("_kernel.cpp"):
+                jobs.append((source, objects_dir / f"{stem}.o", [*BASE_FLAGS, *includes, *extra]))
+                continue
+            for level, (isa, flags) in enumerate(self.isas().items()):
+                if emulate and level > 1:
+                    flags = AVX2_FLAGS
+                defines = [f"-DTPWEAVE_ISA_NAMESPACE={isa}", f"-DTPWEAVE_ISA_LEVEL={level}"]
+                jobs.append((source, objects_dir / f"{stem}.{isa}.o", [*BASE_FLAGS, *flags, *defines, *includes, *extra]))
+        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(self.compile_one, cxx, *job) for job in jobs]:
+                done.result()
+        library = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # OpenMP is found at run time in the process (common/parallel.cpp), so it is not linked.
+        self.call([*cxx, "-shared", "-pthread", *[str(job[1]) for job in jobs], "-o", str(library), "-ldl", "-lrt"])
+
+    @staticmethod
+    def isas():
+        if platform.machine() in ("x86_64", "AMD64"):
+            return ISA_FLAGS
+        return {"portable": ISA_FLAGS["portable"]}
+
+    def compile_one(self, cxx, source, target, flags):
+        command = [*cxx, *flags, "-MMD", "-c", str(source), "-o", str(target)]
+        stamp = target.with_suffix(".cmd")
+        if target.exists() and stamp.exists() and stamp.read_text() == shlex.join(command):
+            needed = target.with_suffix(".d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
+            if all(os.path.exists(f) and os.path.getmtime(f) <= target.stat().st_mtime for f in needed):
+                return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        self.call(command)
+        stamp.write_text(shlex.join(command))
+
+    @staticmethod
+    def call(command):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.stderr:
+            print(done.stderr, file=sys.stderr)
+        if done.returncode != 0:
+            sys.exit(f"tpweave: the compiler failed: {shlex.join(command)}")
+
+
+setup(
+    version=version(),
+    ext_modules=[Extension("tpweave._C", sources=[])],
+    cmdclass={"build_ext": BuildExt},
+    package_dir={"tpweave": "python/tpweave", "tpweave.kernels": "kernels"},
+    packages=[
+        *("tpweave" + ("." + p if p else "") for p in ["", *find_packages("python/tpweave")]),
+        "tpweave.kernels",
+        *(f"tpweave.kernels.{p}" for p in find_packages("kernels")),
+    ],
+    package_data={"tpweave": ["py.typed"]},
+)
