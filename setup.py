@@ -107,11 +107,13 @@ setup(
     version=version(),
     ext_modules=[Extension("tpweave._C", sources=[])],
     cmdclass={"build_ext": BuildExt},
-    package_dir={"tpweave": "python/tpweave", "tpweave.kernels": "kernels"},
+    package_dir={"tpweave": "python/tpweave", "tpweave.kernels": "kernels", "tpweave.benchmarks": "benchmarks"},
     packages=[
         *("tpweave" + ("." + p if p else "") for p in ["", *find_packages("python/tpweave")]),
         "tpweave.kernels",
         *(f"tpweave.kernels.{p}" for p in find_packages("kernels")),
+        "tpweave.benchmarks",
+        *(f"tpweave.benchmarks.{p}" for p in find_packages("benchmarks")),
     ],
     package_data={"tpweave": ["py.typed"]},
 )

@@ -1,20 +1,24 @@
 """One declarative entry per op: its cases, what ours and the rivals run, and the reference that is checked first.
 
-A `bench_<stem>.py` defines `BENCH = Bench(...)`; `benchmarks/run.py` and `tpweave bench` find it by its stem.
+`benchmarks/<area>/bench_<stem>.py` defines `BENCH = Bench(...)`; `find(stem)` imports it, `run.py` measures it.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+AREAS = ("ops", "comm")
+
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the report. `make(case)` builds inputs from `values`."""
+    """One row of the report. `make(**values)` builds the inputs."""
 
     name: str
     values: dict[str, Any]
@@ -24,14 +28,20 @@ class Case:
 class Bench:
     """A benchmark.
 
+    With several ranks, every function below is called on each of them, in the same order, with the default process
+    group (gloo) initialised, one thread and a seed of the rank's own.
+
     Attributes:
         stem: the op's stem.
         cases: what is measured.
-        make: case values -> inputs, the same on all ranks but for the data.
+        make: `make(**case.values)` -> inputs, the same on all ranks but for the data.
         ours: inputs -> result; rivals: name -> the same for an alternative (the first is the headline ratio's).
-        check: inputs, our result -> None, raises when wrong; runs before any timing.
-        flops, bytes: inputs -> work of one call, for rates; None where it says nothing.
+        check: inputs, our result -> None, raises when wrong; runs before any timing, on every rank.
+        flops, bytes: inputs -> work of one call on one rank (bytes read plus written), for rates; None where it
+            says nothing.
         world_size: ranks; 1 runs in this process.
+        mpi_rivals: those of `rivals` that need to be started by mpirun and mpi4py; left out where these are not
+            installed.
     """
 
     stem: str
@@ -43,8 +53,33 @@ class Bench:
     flops: Callable[[Any], float] | None = None
     bytes: Callable[[Any], float] | None = None
     world_size: int = 1
+    mpi_rivals: tuple[str, ...] = ()
 
 
 def dtype_named(name: str) -> torch.dtype:
     """`"bf16"` -> torch.bfloat16."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _modules() -> dict[str, str]:
+    """Stem -> module of its benchmark."""
+    found = {}
+    for area in AREAS:
+        package = importlib.import_module(f"tpweave.benchmarks.{area}")
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.name.startswith("bench_"):
+                found[module.name.removeprefix("bench_")] = f"{package.__name__}.{module.name}"
+    return found
+
+
+def stems() -> list[str]:
+    """Every stem that has a benchmark."""
+    return sorted(_modules())
+
+
+def find(stem: str) -> Bench:
+    """The benchmark of `stem`; ValueError, naming those there are, when it has none."""
+    modules = _modules()
+    if stem not in modules:
+        raise ValueError(f"no benchmark '{stem}'; there are: {', '.join(sorted(modules))}")
+    return importlib.import_module(modules[stem]).BENCH

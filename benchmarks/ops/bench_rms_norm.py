@@ -3,7 +3,7 @@
 import torch
 
 import tpweave
-from benchmarks.registry import Bench, Case, dtype_named
+from tpweave.benchmarks.registry import Bench, Case, dtype_named
 
 
 def make(rows, hidden, dtype):

@@ -1,0 +1,1 @@
+"""Benchmarks of `tpweave.comm`, one `bench_<stem>.py` per stem."""

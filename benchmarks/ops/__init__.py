@@ -1,0 +1,1 @@
+"""Benchmarks of `tpweave.ops`, one `bench_<stem>.py` per stem."""
