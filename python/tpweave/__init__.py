@@ -11,7 +11,9 @@ from typing import Any
 from tpweave.version import __version__
 
 _EXPORTS = {
+    "TPGroup": "tpweave.distributed.group",
     "explain": "tpweave.dispatch",
+    "init": "tpweave.distributed.group",
     "rms_norm": "tpweave.ops.rms_norm",
 }
 

@@ -1,0 +1,216 @@
+"""Groups of ranks: a `torch.distributed` process group, the transport its ranks agreed on, and a timeout.
+
+    transport   where                        what carries a collective
+    "none"      one rank                     nothing
+    "shm"       CPU ranks of one host        one memory arena that all ranks map (`TPGroup.shm`)
+    "pg"        everything else              torch.distributed
+
+The ranks agree on the transport once, over the process group, when the group is built: by trying it, never by host
+names or LOCAL_WORLD_SIZE. Building a group is therefore a collective: all its ranks do it, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Union
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tpweave import env
+
+# What the public ops take as `group`.
+GroupLike = Union["TPGroup", "dist.ProcessGroup", DeviceMesh, None]
+
+# Launchers that set these started several processes, but torch.distributed needs more to join them.
+_OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class TPGroup:
+    """Ranks that share one model. Made by `tpweave.init`, not directly.
+
+    Attributes:
+        name: unique in the process and equal on all ranks; `TPGroup.by_name` finds the group again.
+        rank: this process's rank in the group.
+        size: number of ranks.
+        ranks: the group's ranks as ranks of the world, in group order.
+        process_group: the `torch.distributed` group; None for a lone process without torch.distributed.
+        transport: "shm", "pg" or "none", the same on all ranks.
+        transport_reason: why it is not "shm", in words; None when it is.
+        shm: the native communicator of the "shm" transport, else None.
+    """
+
+    _by_name: dict[str, TPGroup] = {}  # noqa: RUF012
+    _by_process_group: dict[Any, TPGroup] = {}  # noqa: RUF012
+
+    def __init__(self, process_group: dist.ProcessGroup | None, timeout: float) -> None:
+        self.process_group = process_group
+        if process_group is None:
+            self.rank, self.size, self.ranks = 0, 1, (0,)
+        else:
+            self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+            self.ranks = tuple(dist.get_process_group_ranks(process_group))
+        self._timeout = timeout
+        self.shm: Any = None
+        self.transport = "none" if self.size == 1 else "pg"
+        self.transport_reason: str | None = "the group has one rank" if self.size == 1 else None
+        base = "lone" if process_group is None else process_group.group_name
+        # A rank may have built groups that others have not: the highest count is free on all.
+        generation = max(self.all_gather_object(_generations.get(base, 0)))
+        _generations[base] = generation + 1
+        self.name = f"tp:{base}:{generation}"
+        self.destroyed = False
+        TPGroup._by_name[self.name] = self
+        TPGroup._by_process_group[process_group] = self
+
+    @staticmethod
+    def by_name(name: str) -> TPGroup:
+        """The group called `name`. Raises ValueError when there is none (it may have been destroyed)."""
+        try:
+            return TPGroup._by_name[name]
+        except KeyError:
+            known = ", ".join(TPGroup._by_name) or "none"
+            raise ValueError(f"no group named '{name}' in this process; there are: {known}") from None
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a collective waits for a late rank."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._timeout = _checked_timeout(seconds)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of shared memory that the group's transport holds, for all ranks together."""
+        return 0
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether an earlier failure made the group unusable; `tpweave.init` builds a new one."""
+        return False
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's `value` in rank order, over torch.distributed: for agreeing on facts, not for speed."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
+    def destroy(self) -> None:
+        """Give back what the group holds. Ranks that still wait for this one raise `PeerFailureError`."""
+        if self.destroyed:
+            return
+        self.destroyed = True
+        del TPGroup._by_name[self.name]
+        if TPGroup._by_process_group.get(self.process_group) is self:
+            del TPGroup._by_process_group[self.process_group]
+
+    def __repr__(self) -> str:
+        return f"TPGroup({self.name!r}, rank={self.rank}, size={self.size}, transport={self.transport!r})"
+
+
+_generations: dict[str, int] = {}
+
+
+def init(group: GroupLike = None, *, timeout: float | None = None) -> TPGroup:
+    """The `TPGroup` of some ranks, built when it does not exist yet. All ranks of the group must call this.
+
+    Without arguments this is the default group, which ops use for `group=None`: all ranks of `torch.distributed`,
+    which is initialised first when torchrun started the process. In a process on its own it is a group of one.
+    A group that failed (`TPGroup.poisoned`) is replaced by a new one on the same ranks.
+
+    Args:
+        group: None, a `TPGroup`, a `ProcessGroup` or a 1-D `DeviceMesh`.
+        timeout: seconds that a collective waits for a late rank (None: TPWEAVE_TIMEOUT, default 300).
+
+    Returns:
+        the group.
+
+    Raises:
+        ValueError: this process is not in the group, the mesh has more than one dimension, the timeout is not positive.
+        RuntimeError: several processes were started, but not so that torch.distributed can join them.
+
+    Example:
+        >>> group = tpweave.init(timeout=60)
+    """
+    seconds = None if timeout is None else _checked_timeout(timeout)
+    if isinstance(group, TPGroup):
+        existing: TPGroup | None = group
+        process_group = group.process_group
+    else:
+        process_group = _process_group(group)
+        existing = TPGroup._by_process_group.get(process_group)
+    if existing is not None and not existing.destroyed:
+        if not existing.poisoned:
+            if seconds is not None:
+                existing.timeout = seconds
+            return existing
+        existing.destroy()
+    return TPGroup(process_group, env.timeout_seconds() if seconds is None else seconds)
+
+
+def resolve_group(group: GroupLike = None) -> TPGroup:
+    """What an op's `group` argument means. Builds the `TPGroup` on first use.
+
+    A destroyed or failed group is returned as it is: the call that uses it raises.
+    """
+    if isinstance(group, TPGroup):
+        return group
+    found = TPGroup._by_process_group.get(_process_group(group))
+    return found if found is not None else init(group)
+
+
+def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The process group meant; None means a lone process."""
+    if group is None:
+        if not dist.is_available():
+            return None
+        world = dist.group.WORLD
+        return world if world is not None else _join_world()
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or tuple(range(group.ndim))
+            raise ValueError(
+                f"a group is one dimension of a DeviceMesh, this one has {group.ndim}: {names}; "
+                f"pass e.g. mesh[{names[-1]!r}]"
+            )
+        return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"this process (rank {dist.get_rank()} of the world) is not in the group")
+    if not isinstance(group, dist.ProcessGroup):
+        kind = type(group).__name__
+        raise ValueError(f"group must be None, a TPGroup, a ProcessGroup or a 1-D DeviceMesh, not {kind}")
+    return group
+
+
+def _join_world() -> dist.ProcessGroup | None:
+    """Initialise torch.distributed from torchrun's environment; None when nobody else was started."""
+    present = [name for name in _TORCHRUN_VARIABLES if os.environ.get(name)]
+    if len(present) == len(_TORCHRUN_VARIABLES):
+        import torch
+
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return dist.group.WORLD
+    if "WORLD_SIZE" in present and os.environ["WORLD_SIZE"] != "1":
+        missing = ", ".join(name for name in _TORCHRUN_VARIABLES if name not in present)
+        raise RuntimeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed cannot be initialised: not set: {missing}. "
+            "Start the processes with torchrun, or call torch.distributed.init_process_group first."
+        )
+    for name, launcher in _OTHER_LAUNCHERS.items():
+        if os.environ.get(name, "1") != "1":
+            raise RuntimeError(
+                f"{launcher} started {os.environ[name]} processes ({name}), but torch.distributed is not initialised. "
+                "Call torch.distributed.init_process_group first, or start the processes with torchrun."
+            )
+    return None
+
+
+def _checked_timeout(seconds: float) -> float:
+    if not seconds > 0:
+        raise ValueError(f"timeout is {seconds}; it must be more than 0 seconds")
+    return float(seconds)
