@@ -1,7 +1,8 @@
 """Builds tpweave._C: every csrc unit once, and `*_kernel.cpp` under csrc/cpu once per instruction set.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilations), CXXFLAGS (added last),
-TPWEAVE_EMULATE_AVX512=1 (AVX-512 units compiled against an emulation header, for testing them on AVX2 machines).
+TPWEAVE_EMULATE_AVX512=1 (AVX-512 units compiled against tests/emulation, for testing them on AVX2 machines; build it
+aside: `TPWEAVE_EMULATE_AVX512=1 python setup.py build --build-lib build/emulated`, then PYTHONPATH=build/emulated).
 """
 
 import concurrent.futures
@@ -64,7 +65,7 @@ class BuildExt(build_ext):
                 continue
             for level, (isa, flags) in enumerate(self.isas().items()):
                 if emulate and level > 1:
-                    flags = AVX2_FLAGS
+                    flags = [*AVX2_FLAGS, "-Wno-psabi"]  # 64-byte vectors are passed in memory there
                 defines = [f"-DTPWEAVE_ISA_NAMESPACE={isa}", f"-DTPWEAVE_ISA_LEVEL={level}"]
                 jobs.append((source, objects_dir / f"{stem}.{isa}.o", [*BASE_FLAGS, *flags, *defines, *includes, *extra]))
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)

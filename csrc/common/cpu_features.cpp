@@ -45,7 +45,7 @@ Isa detect() {
 Isa highest_runnable() {
 #if defined(TPWEAVE_EMULATED_AVX512)
   // This build's wide units are compiled against an emulation header: any AVX2 machine runs them.
-  return Isa::kAvx512Bf16;
+  return detect() >= Isa::kAvx2 ? Isa::kAvx512Bf16 : detect();
 #else
   return detect();
 #endif
@@ -69,7 +69,7 @@ Isa initial() {
   const char* forced = std::getenv("TPWEAVE_ISA");
   if (forced != nullptr && forced[0] != '\0') return parse(forced);
 #if defined(TPWEAVE_EMULATED_AVX512)
-  return Isa::kAvx2;
+  return highest_runnable() >= Isa::kAvx2 ? Isa::kAvx2 : Isa::kPortable;
 #else
   return highest_runnable();
 #endif
