@@ -56,6 +56,10 @@ class Bench:
     mpi_rivals: tuple[str, ...] = ()
 
 
+class BenchRequestError(ValueError):
+    """A benchmark, case, backend or number of ranks that there is not; the message names those there are."""
+
+
 def dtype_named(name: str) -> torch.dtype:
     """`"bf16"` -> torch.bfloat16."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -78,8 +82,8 @@ def stems() -> list[str]:
 
 
 def find(stem: str) -> Bench:
-    """The benchmark of `stem`; ValueError, naming those there are, when it has none."""
+    """The benchmark of `stem`; BenchRequestError when it has none."""
     modules = _modules()
     if stem not in modules:
-        raise ValueError(f"no benchmark '{stem}'; there are: {', '.join(sorted(modules))}")
+        raise BenchRequestError(f"no benchmark '{stem}'; there are: {', '.join(sorted(modules))}")
     return importlib.import_module(modules[stem]).BENCH

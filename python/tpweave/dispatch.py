@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import pkgutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,14 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+def load_ops() -> dict[str, Op]:
+    """Every table by its op's name, with all modules that define one imported."""
+    for area in ("tpweave.ops", "tpweave.comm"):
+        for module in pkgutil.iter_modules(importlib.import_module(area).__path__):
+            importlib.import_module(f"{area}.{module.name}")
+    return OPS
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """Warn, once per process and message, that something slower than asked for runs."""
@@ -199,7 +208,8 @@ def explain(op: str, *tensors: torch.Tensor | None, group: Any = None, **values:
     Example:
         >>> print(tpweave.explain("rms_norm", torch.randn(4, 64), torch.ones(64)))
     """
-    if op not in OPS:
-        raise ValueError(f"no operation '{op}'; there are: {', '.join(sorted(OPS))}")
-    rows = OPS[op].supported(Inputs(tensors, group=group, **values))
+    ops = load_ops()
+    if op not in ops:
+        raise ValueError(f"no operation '{op}'; there are: {', '.join(sorted(ops))}")
+    rows = ops[op].supported(Inputs(tensors, group=group, **values))
     return Explanation(op, rows, next((name for name, reason in rows if reason is None), None))
