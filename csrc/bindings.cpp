@@ -21,5 +21,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("openmp_runtime", &openmp_runtime);
   m.def("max_threads", &max_threads);
 
+  register_gated_activation(m);
+  register_layer_norm(m);
   register_rms_norm(m);
+  register_rope(m);
 }

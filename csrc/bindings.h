@@ -7,6 +7,9 @@ class module_;
 
 namespace tpweave {
 
+void register_gated_activation(pybind11::module_& m);
+void register_layer_norm(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
+void register_rope(pybind11::module_& m);
 
 }  // namespace tpweave

@@ -106,6 +106,8 @@ TPWEAVE_INLINE VecF zero() { return VecF{0, 0, 0, 0}; }
 TPWEAVE_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
 TPWEAVE_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 TPWEAVE_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
+// Lanes 1 0 3 2 5 4 ...
+TPWEAVE_INLINE VecF swap_pairs(VecF a) { return VecF{a[1], a[0], a[3], a[2]}; }
 TPWEAVE_INLINE VecF sqrt(VecF a) {
   return VecF{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
 }
@@ -141,6 +143,7 @@ TPWEAVE_INLINE VecF zero() { return _mm256_setzero_ps(); }
 TPWEAVE_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
 TPWEAVE_INLINE VecF max(VecF a, VecF b) { return _mm256_max_ps(a, b); }
 TPWEAVE_INLINE VecF min(VecF a, VecF b) { return _mm256_min_ps(a, b); }
+TPWEAVE_INLINE VecF swap_pairs(VecF a) { return _mm256_permute_ps(a, 0xb1); }
 TPWEAVE_INLINE VecF sqrt(VecF a) { return _mm256_sqrt_ps(a); }
 TPWEAVE_INLINE float reduce_add(VecF a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -183,6 +186,7 @@ TPWEAVE_INLINE VecF zero() { return _mm512_setzero_ps(); }
 TPWEAVE_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
 TPWEAVE_INLINE VecF max(VecF a, VecF b) { return _mm512_max_ps(a, b); }
 TPWEAVE_INLINE VecF min(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+TPWEAVE_INLINE VecF swap_pairs(VecF a) { return _mm512_permute_ps(a, 0xb1); }
 TPWEAVE_INLINE VecF sqrt(VecF a) { return _mm512_sqrt_ps(a); }
 TPWEAVE_INLINE float reduce_add(VecF a) { return _mm512_reduce_add_ps(a); }
 TPWEAVE_INLINE float reduce_max(VecF a) { return _mm512_reduce_max_ps(a); }
@@ -228,6 +232,37 @@ TPWEAVE_INLINE void store_partial(T* p, VecF v, int64_t count) {
   for (int i = 0; i < kLanes; ++i) {
     if (i < count) from_float(lanes[i], p + i);
   }
+}
+
+// Loops over `count` elements write their body once, for a whole vector and for the ragged end:
+//   for_each_vec(count, [&](int64_t i, auto part) { store(y + i, load(x + i, part), part); });
+struct Whole {};
+struct Ragged {
+  int64_t count;
+};
+
+template <typename T>
+TPWEAVE_INLINE VecF load(const T* p, Whole, float = 0.0f) {
+  return load(p);
+}
+template <typename T>
+TPWEAVE_INLINE VecF load(const T* p, Ragged part, float fill = 0.0f) {
+  return load_partial(p, part.count, fill);
+}
+template <typename T>
+TPWEAVE_INLINE void store(T* p, VecF v, Whole) {
+  store(p, v);
+}
+template <typename T>
+TPWEAVE_INLINE void store(T* p, VecF v, Ragged part) {
+  store_partial(p, v, part.count);
+}
+
+template <typename Body>
+TPWEAVE_INLINE void for_each_vec(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body(i, Whole{});
+  if (i < count) body(i, Ragged{count - i});
 }
 
 }  // namespace TPWEAVE_ISA_NAMESPACE

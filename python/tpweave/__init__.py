@@ -13,8 +13,11 @@ from tpweave.version import __version__
 _EXPORTS = {
     "TPGroup": "tpweave.distributed.group",
     "explain": "tpweave.dispatch",
+    "gated_activation": "tpweave.ops.gated_activation",
     "init": "tpweave.distributed.group",
+    "layer_norm": "tpweave.ops.layer_norm",
     "rms_norm": "tpweave.ops.rms_norm",
+    "rope": "tpweave.ops.rope",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -20,4 +20,24 @@ DTYPE_CODES: dict[torch.dtype, int] = {
     torch.int16: 9,
 }
 
-__all__ = ["DTYPE_CODES", "_C"]
+
+def data_ptr(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's first element as the kernels take it, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dense_last_dim(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where neighbours in its last dim are neighbours in memory, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def parameter_for(x: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A norm's weight or bias as the kernels read it beside x: contiguous, of x's dtype or fp32."""
+    if parameter is None:
+        return None
+    if parameter.dtype not in (x.dtype, torch.float32):
+        parameter = parameter.float()
+    return parameter.contiguous()
+
+
+__all__ = ["DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "parameter_for"]

@@ -16,9 +16,9 @@ import torch
 _EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.int8: 0.0}
 
 
-def assert_accurate(
+def accuracy(
     out: torch.Tensor, reference64: torch.Tensor, same_dtype: torch.Tensor, *, factor: float = 2.0, eps: float | None = None
-) -> None:
+) -> tuple[float, float, str]:
     """flash-attn's rule: `max|out - ref64| <= factor * max|same_dtype - ref64| + eps`.
 
     Args:
@@ -26,19 +26,30 @@ def assert_accurate(
         reference64: the same in float64.
         same_dtype: plain torch in out's dtype: how far an honest implementation is off.
         eps: slack relative to the largest reference value; by dtype when None.
+
+    Returns:
+        (error, bound, "" or what is wrong in words).
     """
-    assert out.shape == reference64.shape, f"shape {tuple(out.shape)}, expected {tuple(reference64.shape)}"
-    if out.numel() == 0:
-        return
+    if out.shape != reference64.shape:
+        return 0.0, 0.0, f"shape {tuple(out.shape)}, expected {tuple(reference64.shape)}"
     finite = torch.isfinite(reference64)
-    assert torch.equal(torch.isfinite(out), finite), "infinities or NaNs where the reference has none, or the reverse"
-    error = (out.double() - reference64)[finite].abs()
-    allowed = (same_dtype.double() - reference64)[finite].abs()
-    if error.numel() == 0:
-        return
+    if not torch.equal(torch.isfinite(out), finite):
+        return 0.0, 0.0, "infinities or NaNs where the reference has none, or the reverse"
+    if not finite.any():
+        return 0.0, 0.0, ""
+    error = (out.double() - reference64)[finite].abs().max().item()
+    allowed = (same_dtype.double() - reference64)[finite].abs().max().item()
     scale = max(1.0, reference64[finite].abs().max().item())
-    bound = factor * allowed.max().item() + (_EPS[out.dtype] if eps is None else eps) * scale
-    assert error.max().item() <= bound, f"error {error.max().item():.3e} exceeds {bound:.3e}"
+    bound = factor * allowed + (_EPS[out.dtype] if eps is None else eps) * scale
+    return error, bound, "" if error <= bound else f"error {error:.3e} exceeds {bound:.3e}"
+
+
+def assert_accurate(
+    out: torch.Tensor, reference64: torch.Tensor, same_dtype: torch.Tensor, *, factor: float = 2.0, eps: float | None = None
+) -> None:
+    """Raises AssertionError where `accuracy` finds something wrong."""
+    _, _, wrong = accuracy(out, reference64, same_dtype, factor=factor, eps=eps)
+    assert not wrong, wrong
 
 
 class RankFailure(AssertionError):

@@ -8,7 +8,7 @@
 
 namespace tpweave {
 
-// Rows are dense; `residual`, `residual_out` and `weight` may be null. Weight has x's dtype.
+// Rows are dense; `residual`, `residual_out` and `weight` may be null. Weight has x's dtype or is fp32.
 struct RmsNormForward {
   const void* x;
   const void* residual;
@@ -33,8 +33,8 @@ struct RmsNormBackward {
 };
 
 struct RmsNormKernels {
-  void (*forward)(const RmsNormForward& args, DType dtype, int64_t row_begin, int64_t row_end);
-  void (*backward)(const RmsNormBackward& args, DType dtype, int64_t row_begin, int64_t row_end);
+  void (*forward)(const RmsNormForward& args, DType dtype, DType weight_dtype, int64_t row_begin, int64_t row_end);
+  void (*backward)(const RmsNormBackward& args, DType dtype, DType weight_dtype, int64_t row_begin, int64_t row_end);
 };
 
 TPWEAVE_DECLARE_KERNELS(RmsNormKernels, rms_norm_kernels)

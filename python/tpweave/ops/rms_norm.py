@@ -14,26 +14,22 @@ import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
-from tpweave.native import DTYPE_CODES, _C
+from tpweave.native import _C, DTYPE_CODES, data_ptr, parameter_for
 from tpweave.reference.ops.rms_norm import rms_norm_reference
 
 Tensor = torch.Tensor
 
 
-def _data_ptr(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def rms_norm_fwd_cpu(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    weight = None if weight is None else weight.to(x.dtype).contiguous()
+    weight = parameter_for(x, weight)
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     _C.rms_norm_fwd(
-        x.data_ptr(), _data_ptr(residual), _data_ptr(weight), y.data_ptr(), h.data_ptr(), rstd.data_ptr(),
-        rstd.numel(), x.shape[-1], eps, DTYPE_CODES[x.dtype],
+        x.data_ptr(), data_ptr(residual), data_ptr(weight), y.data_ptr(), h.data_ptr(), rstd.data_ptr(),
+        rstd.numel(), x.shape[-1], eps, DTYPE_CODES[x.dtype], 0 if weight is None else DTYPE_CODES[weight.dtype],
     )  # fmt: skip
     return y, h, rstd
 
@@ -43,12 +39,12 @@ def rms_norm_bwd_cpu(
 ) -> tuple[Tensor, Tensor | None]:
     h, dy = h.contiguous(), dy.contiguous()
     dh = None if dh is None else dh.contiguous()
-    w = None if weight is None else weight.to(h.dtype).contiguous()
+    w = parameter_for(h, weight)
     dx = torch.empty_like(h)
     dw = None if weight is None else torch.empty(h.shape[-1], dtype=torch.float32)
     _C.rms_norm_bwd(
-        dy.data_ptr(), _data_ptr(dh), h.data_ptr(), _data_ptr(w), rstd.contiguous().data_ptr(), dx.data_ptr(),
-        _data_ptr(dw), rstd.numel(), h.shape[-1], DTYPE_CODES[h.dtype],
+        dy.data_ptr(), data_ptr(dh), h.data_ptr(), data_ptr(w), rstd.data_ptr(), dx.data_ptr(), data_ptr(dw),
+        rstd.numel(), h.shape[-1], DTYPE_CODES[h.dtype], 0 if w is None else DTYPE_CODES[w.dtype],
     )  # fmt: skip
     return dx, None if dw is None else dw.to(weight.dtype)
 

@@ -1,0 +1,76 @@
+// Elementary functions on VecF, written once for every instruction set with the compilers' vector types.
+// Errors, in units in the last place of fp32: exp 1.1, sigmoid 2.6, normal_cdf 5 (relative, into the far tail).
+// Polynomials are minimax fits of the named function; NaN goes through, infinities give the limit.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace tpweave {
+namespace TPWEAVE_ISA_NAMESPACE {
+
+typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));
+
+TPWEAVE_INLINE VecF abs(VecF x) { return (VecF)((VecI32)x & 0x7fffffff); }
+
+// 2^k for -126 <= k <= 127.
+TPWEAVE_INLINE VecF power_of_two(VecI32 k) { return (VecF)((k + 127) << 23); }
+
+TPWEAVE_INLINE VecF exp(VecF x) {
+  // Beyond these the result is infinity or zero. x as second argument: max and min return it when it is NaN.
+  x = min(set1(89.0f), max(set1(-104.0f), x));
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const VecF magic = set1(12582912.0f);
+  const VecF shifted = fma(x, set1(1.44269504f), magic);
+  const VecF n = shifted - magic;
+  // ln 2 in two parts, of which the first times n is exact.
+  const VecF r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));
+  VecF p = set1(1.381305150e-3f);
+  p = fma(p, r, set1(8.369409193e-3f));
+  p = fma(p, r, set1(4.166845728e-2f));
+  p = fma(p, r, set1(1.666651488e-1f));
+  p = fma(p, r, set1(4.999999305e-1f));
+  p = fma(p, r * r, r) + set1(1.0f);
+  // In two steps, for subnormal results and for n = 128.
+  const VecI32 k = (VecI32)shifted - (VecI32)magic;
+  const VecI32 half = k >> 1;
+  return p * power_of_two(half) * power_of_two(k - half);
+}
+
+TPWEAVE_INLINE VecF sigmoid(VecF x) {
+  const VecF e = exp(-abs(x));
+  const VecF d = set1(1.0f) / (set1(1.0f) + e);
+  return x < zero() ? e * d : d;
+}
+
+struct Normal {
+  VecF cdf;
+  VecF pdf;
+};
+
+// The normal distribution, without the cancellation of 1 + erf(x / sqrt 2): for a = |x| the tail is
+// exp(-a^2 / 2) * M(a), where M, half the scaled complementary error function, is a polynomial in 1 / (1 + 0.35 a).
+TPWEAVE_INLINE Normal normal(VecF x) {
+  const VecF a = min(set1(15.0f), abs(x));
+  const VecF square = a * a;
+  const VecF e0 = exp(set1(-0.5f) * square);
+  // What a * a lost by rounding, which the exponential would magnify: with a in two halves every product is exact.
+  const VecF high = (VecF)((VecI32)a & ~0xfff);
+  const VecF low = a - high;
+  const VecF lost = fma(low, low, fma(high + high, low, high * high - square));
+  const VecF e = fma(e0, set1(-0.5f) * lost, e0);
+  const VecF t = set1(1.0f) / fma(a, set1(0.35f), set1(1.0f));
+  VecF p = set1(-2.915788528e-02f);
+  p = fma(p, t, set1(1.440309167e-01f));
+  p = fma(p, t, set1(-2.558389964e-01f));
+  p = fma(p, t, set1(1.593196846e-01f));
+  p = fma(p, t, set1(-2.321234410e-02f));
+  p = fma(p, t, set1(1.055524972e-01f));
+  p = fma(p, t, set1(1.198212893e-01f));
+  p = fma(p, t, set1(1.398635152e-01f));
+  p = fma(p, t, set1(1.396213069e-01f));
+  const VecF tail = e * t * p;
+  return {x < zero() ? tail : set1(1.0f) - tail, e * set1(0.398942280f)};
+}
+
+}  // namespace TPWEAVE_ISA_NAMESPACE
+}  // namespace tpweave

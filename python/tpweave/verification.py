@@ -1,0 +1,215 @@
+"""Every operation's example inputs, and their check on any row of its table, device and dtype.
+
+    for result in run_checks(device="cpu"):
+        print(result.op, result.case, result.backend, result.dtype, result.status, result.reason)
+
+A case is drawn in float64's stead too: outputs and gradients of a row are compared with the reference in float64 by the
+accuracy rule of `tpweave.testing`. `tpweave verify`, the GPU check and the tests share these cases.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import tpweave
+from tpweave.dispatch import OPS
+from tpweave.errors import BackendUnavailableError
+from tpweave.testing import accuracy
+
+Tensor = torch.Tensor
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Draw:
+    """Random tensors of one device and dtype: the same numbers on every device, different ones on every rank."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers."""
+        return torch.randn(shape, generator=self._generator).to(self.device, self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """int64 numbers in [0, high)."""
+        return torch.randint(high, shape, generator=self._generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case of one operation.
+
+    Attributes:
+        op: the stem, public as `tpweave.<op>`.
+        name: the case.
+        make: Draw -> inputs, tensors and anything else.
+        call: (inputs, backend, group) -> a tensor or a tuple of tensors; `group` is None but for collectives.
+        gradients: whether to check those of all floating-point inputs that the reference gives one.
+        collective: every rank of a group makes the call, with inputs of its own.
+    """
+
+    op: str
+    name: str
+    make: Callable[[Draw], Sequence[Any]]
+    call: Callable[[Sequence[Any], str | None, Any], Any]
+    gradients: bool = True
+    collective: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found on one row.
+
+    Attributes:
+        op, case, dtype, backend: what ran.
+        status: "ok", "wrong" (beyond the bound), "error" (it raised) or "unavailable" (the row objected).
+        reason: in words, where the status is not "ok".
+        error, bound: of the output or gradient nearest to, or furthest beyond, its bound.
+        seconds: of the call and its gradients, first time, compilation included.
+    """
+
+    op: str
+    case: str
+    dtype: str
+    backend: str
+    status: str
+    reason: str = ""
+    error: float = 0.0
+    bound: float = 0.0
+    seconds: float = 0.0
+
+
+def _angles(draw: Draw, sequence: int, count: int) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(sequence), 10000.0 ** (-torch.arange(count) / count))
+    return angles.cos().to(draw.device, draw.dtype), angles.sin().to(draw.device, draw.dtype)
+
+
+CHECKS: tuple[Check, ...] = (
+    Check(
+        "rms_norm", "33x384",
+        lambda d: (d.normal(33, 384), d.normal(384)),
+        lambda i, backend, _: tpweave.rms_norm(*i, backend=backend),
+    ),
+    Check(
+        "rms_norm", "residual 3x5x129",
+        lambda d: (d.normal(3, 5, 129), d.normal(129), d.normal(3, 5, 129)),
+        lambda i, backend, _: tpweave.rms_norm(i[0], i[1], residual=i[2], backend=backend),
+    ),
+    Check(
+        "layer_norm", "33x384",
+        lambda d: (d.normal(33, 384), d.normal(384), d.normal(384)),
+        lambda i, backend, _: tpweave.layer_norm(*i, backend=backend),
+    ),
+    Check(
+        "layer_norm", "residual 3x5x129",
+        lambda d: (d.normal(3, 5, 129), d.normal(129), d.normal(129), d.normal(3, 5, 129)),
+        lambda i, backend, _: tpweave.layer_norm(*i[:3], residual=i[3], backend=backend),
+    ),
+    *(
+        Check(
+            "gated_activation", f"{kind} 17x200",
+            lambda d: (d.normal(17, 400),),
+            lambda i, backend, _, kind=kind: tpweave.gated_activation(*i[0].chunk(2, -1), kind, backend=backend),
+        )
+        for kind in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid")
+    ),
+    *(
+        Check(
+            "rope", f"{'interleaved ' if interleaved else ''}2x7 heads 4/2 dim 80 rotary {2 * count}",
+            lambda d, count=count: (d.normal(2, 7, 4, 80), d.normal(2, 7, 2, 80), *_angles(d, 7, count)),
+            lambda i, backend, _, interleaved=interleaved: tpweave.rope(*i, interleaved=interleaved, backend=backend),
+        )
+        for interleaved, count in ((False, 40), (True, 40), (False, 13))
+    ),
+)  # fmt: skip
+
+
+def outputs_and_gradients(check: Check, inputs: Sequence[Any], backend: str | None, group: Any = None) -> list[Tensor]:
+    """What `check.call` returns, and the gradients of a fixed weighted sum of it, detached; a missing gradient is empty."""
+    leaves = [i.detach().requires_grad_(check.gradients and i.is_floating_point()) if isinstance(i, Tensor) else i for i in inputs]
+    out = check.call(leaves, backend, group)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    found = [o.detach() for o in outs]
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not wanted:
+        return found
+    weights = Draw("cpu", torch.float64, seed=7)
+    loss = sum((o.double() * weights.normal(*o.shape).to(o.device)).sum() for o in outs if o.requires_grad)
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return found + [torch.empty(0, dtype=w.dtype) if g is None else g for g, w in zip(grads, wanted, strict=True)]
+
+
+def run_check(check: Check, backend: str, device: torch.device | str, dtype: torch.dtype, group: Any = None) -> Result:
+    """One check on one row."""
+    facts = (check.op, check.name, str(dtype).removeprefix("torch."), backend)
+    inputs = check.make(Draw(device, dtype, seed=0 if group is None else group.rank))
+    wide = [i.double() if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs]
+    begin = time.perf_counter()
+    try:
+        got = outputs_and_gradients(check, inputs, backend, group)
+        if got[0].device.type == "cuda":
+            torch.cuda.synchronize(got[0].device)
+    except BackendUnavailableError as error:
+        return Result(*facts, "unavailable", str(error))
+    seconds = time.perf_counter() - begin
+    expected = outputs_and_gradients(check, wide, "reference", group)
+    same = outputs_and_gradients(check, inputs, "reference", group)
+    worst = (0.0, 0.0)
+    for out, want, plain in zip(got, expected, same, strict=True):
+        error, bound, reason = accuracy(out, want, plain)
+        if reason:
+            return Result(*facts, "wrong", reason, error, bound, seconds)
+        if bound > 0 and error * worst[1] >= worst[0] * bound:
+            worst = (error, bound)
+    return Result(*facts, "ok", "", *worst, seconds)
+
+
+def run_checks(
+    *,
+    device: torch.device | str = "cpu",
+    ops: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    backends: Sequence[str] | None = None,
+    group: Any = None,
+    quick: bool = False,
+) -> Iterator[Result]:
+    """Every check on every row, one result each.
+
+    Args:
+        device: where the inputs lie.
+        ops: stems; all when None.
+        dtypes: of the floating-point inputs.
+        backends: rows by name; all but the reference when None.
+        group: a TPGroup, on every rank of which this runs: collectives only. Without one: the others only.
+        quick: only the first case of each operation, in the first dtype.
+
+    Yields:
+        a `Result`; where a row raises it is one with status "error". With a group, an error ends the run: the ranks would
+        no longer meet.
+    """
+    seen: set[str] = set()
+    for check in CHECKS:
+        if check.collective != (group is not None) or (ops is not None and check.op not in ops):
+            continue
+        if quick and check.op in seen:
+            continue
+        seen.add(check.op)
+        getattr(tpweave, check.op)  # fills the table
+        for row in OPS[check.op].backends:
+            if row.name == "reference" if backends is None else row.name not in backends:
+                continue
+            for dtype in dtypes[:1] if quick else dtypes:
+                try:
+                    yield run_check(check, row.name, device, dtype, group)
+                except Exception as error:
+                    name = str(dtype).removeprefix("torch.")
+                    yield Result(check.op, check.name, name, row.name, "error", f"{type(error).__name__}: {error}")
+                    if group is not None:
+                        return
