@@ -8,7 +8,9 @@ from tpweave.benchmarks.registry import Bench, Case, dtype_named
 
 
 def make(rows, hidden, dtype, residual):
-    x, weight, bias, added = (torch.randn(s).to(dtype_named(dtype)) for s in ((rows, hidden), hidden, hidden, (rows, hidden)))
+    x, weight, bias, added = (
+        torch.randn(s).to(dtype_named(dtype)) for s in ((rows, hidden), hidden, hidden, (rows, hidden))
+    )
     return x, weight, bias, added if residual else None
 
 

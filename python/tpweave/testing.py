@@ -17,7 +17,12 @@ _EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.f
 
 
 def accuracy(
-    out: torch.Tensor, reference64: torch.Tensor, same_dtype: torch.Tensor, *, factor: float = 2.0, eps: float | None = None
+    out: torch.Tensor,
+    reference64: torch.Tensor,
+    same_dtype: torch.Tensor,
+    *,
+    factor: float = 2.0,
+    eps: float | None = None,
 ) -> tuple[float, float, str]:
     """flash-attn's rule: `max|out - ref64| <= factor * max|same_dtype - ref64| + eps`.
 
@@ -45,7 +50,12 @@ def accuracy(
 
 
 def assert_accurate(
-    out: torch.Tensor, reference64: torch.Tensor, same_dtype: torch.Tensor, *, factor: float = 2.0, eps: float | None = None
+    out: torch.Tensor,
+    reference64: torch.Tensor,
+    same_dtype: torch.Tensor,
+    *,
+    factor: float = 2.0,
+    eps: float | None = None,
 ) -> None:
     """Raises AssertionError where `accuracy` finds something wrong."""
     _, _, wrong = accuracy(out, reference64, same_dtype, factor=factor, eps=eps)
@@ -56,11 +66,15 @@ class RankFailure(AssertionError):
     """A function of `run_ranks` raised or died on a rank; the message holds its traceback."""
 
 
-def _rank_main(rank: int, world_size: int, store: str, threads: int, pipe: Any, function: Callable[..., Any], args: tuple) -> None:
+def _rank_main(
+    rank: int, world_size: int, store: str, threads: int, pipe: Any, function: Callable[..., Any], args: tuple
+) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(threads)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         result = function(rank, world_size, *args)

@@ -132,8 +132,11 @@ CHECKS: tuple[Check, ...] = (
 
 
 def outputs_and_gradients(check: Check, inputs: Sequence[Any], backend: str | None, group: Any = None) -> list[Tensor]:
-    """What `check.call` returns, and the gradients of a fixed weighted sum of it, detached; a missing gradient is empty."""
-    leaves = [i.detach().requires_grad_(check.gradients and i.is_floating_point()) if isinstance(i, Tensor) else i for i in inputs]
+    """What `check.call` returns, and the gradients of a fixed weighted sum of it; a missing gradient is empty."""
+    leaves = [
+        i.detach().requires_grad_(check.gradients and i.is_floating_point()) if isinstance(i, Tensor) else i
+        for i in inputs
+    ]
     out = check.call(leaves, backend, group)
     outs = [out] if isinstance(out, Tensor) else list(out)
     found = [o.detach() for o in outs]
@@ -187,12 +190,12 @@ def run_checks(
         ops: stems; all when None.
         dtypes: of the floating-point inputs.
         backends: rows by name; all but the reference when None.
-        group: a TPGroup, on every rank of which this runs: collectives only. Without one: the others only.
+        group: a TPGroup, on every rank of which this runs: collectives only. Without one: the other ops only.
         quick: only the first case of each operation, in the first dtype.
 
     Yields:
-        a `Result`; where a row raises it is one with status "error". With a group, an error ends the run: the ranks would
-        no longer meet.
+        a `Result`; where a row raises it is one with status "error". With a group, an error ends the run: the ranks
+        would no longer meet.
     """
     seen: set[str] = set()
     for check in CHECKS:

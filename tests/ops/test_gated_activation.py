@@ -1,4 +1,4 @@
-"""gated_activation: every row of its table against float64, forward and backward, and the vector mathematics below it."""
+"""gated_activation: every row of its table against float64, forward and backward, and the mathematics below it."""
 
 import pytest
 import torch

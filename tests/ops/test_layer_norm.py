@@ -77,7 +77,9 @@ def test_opcheck_and_compile(with_residual):
 
 def test_non_contiguous_inputs():
     x, weight, bias = torch.randn(6, 40, 5).transpose(1, 2), torch.randn(80)[::2], torch.randn(40)
-    assert torch.equal(tpweave.layer_norm(x, weight, bias), tpweave.layer_norm(x.contiguous(), weight.contiguous(), bias))
+    assert torch.equal(
+        tpweave.layer_norm(x, weight, bias), tpweave.layer_norm(x.contiguous(), weight.contiguous(), bias)
+    )
 
 
 def test_repeats_are_bit_equal():

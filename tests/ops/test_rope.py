@@ -23,9 +23,16 @@ def check(case, interleaved, angle_dtype=None):
     def make(draw):
         angles = draw.normal(*(() if tables is None else (tables,)), sequence, count) * 3
         cos, sin = (t.to(angle_dtype or draw.dtype) for t in (angles.cos(), angles.sin()))
-        return draw.normal(batch, sequence, q_heads, head_dim), draw.normal(batch, sequence, k_heads, head_dim), cos, sin
+        return (
+            draw.normal(batch, sequence, q_heads, head_dim),
+            draw.normal(batch, sequence, k_heads, head_dim),
+            cos,
+            sin,
+        )
 
-    return Check("rope", str(case), make, lambda i, backend, _: tpweave.rope(*i, interleaved=interleaved, backend=backend))
+    return Check(
+        "rope", str(case), make, lambda i, backend, _: tpweave.rope(*i, interleaved=interleaved, backend=backend)
+    )
 
 
 def assert_ok(result):
@@ -70,7 +77,11 @@ def test_any_strides(isa, interleaved):
 
 
 def test_gradient_of_one_output_only():
-    q, k, angles = torch.randn(1, 3, 2, 8, requires_grad=True), torch.randn(1, 3, 2, 8, requires_grad=True), torch.randn(3, 4)
+    q, k, angles = (
+        torch.randn(1, 3, 2, 8, requires_grad=True),
+        torch.randn(1, 3, 2, 8, requires_grad=True),
+        torch.randn(3, 4),
+    )
     turned, _ = tpweave.rope(q, k, angles.cos(), angles.sin())
     dq, dk = torch.autograd.grad(turned.pow(2).sum() / 2, (q, k))
     torch.testing.assert_close(dq, q.detach())

@@ -98,7 +98,11 @@ _gated_activation_bwd_op = register_op(
     _bwd_impl, _bwd_fake,
 )  # fmt: skip
 _gated_activation_op = register_op(
-    "gated_activation(Tensor gate, Tensor up, str kind, str? backend) -> Tensor", _impl, _fake, _backward, _setup_context
+    "gated_activation(Tensor gate, Tensor up, str kind, str? backend) -> Tensor",
+    _impl,
+    _fake,
+    _backward,
+    _setup_context,
 )
 
 
@@ -106,8 +110,8 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str = "silu", *, backend: s
     """act(gate) * up, differentiable in both.
 
     Args:
-        gate, up: [..., F] of one shape and dtype, fp32, bf16, fp16 (native) or fp64 (reference). The halves of one merged
-            projection, `merged.chunk(2, -1)`, are read where they are.
+        gate, up: [..., F] of one shape and dtype, fp32, bf16, fp16 (native) or fp64 (reference). The halves of one
+            merged projection, `merged.chunk(2, -1)`, are read where they are.
         kind: `"silu"` (SwiGLU), `"gelu"` (GeGLU, exact), `"gelu_tanh"` (GeGLU, tanh form), `"relu"` (ReGLU) or
             `"sigmoid"` (GLU).
         backend: force one row of the table, e.g. `"reference"`.
@@ -125,7 +129,8 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str = "silu", *, backend: s
         raise ValueError(f"gated_activation: kind is '{kind}'; it takes {', '.join(KIND_CODES)}")
     if gate.dim() == 0 or not gate.is_floating_point():
         raise ValueError(
-            f"gated_activation needs a floating-point gate of at least 1 dim, got {gate.dtype} of shape {tuple(gate.shape)}"
+            "gated_activation needs a floating-point gate of at least 1 dim, "
+            f"got {gate.dtype} of shape {tuple(gate.shape)}"
         )
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(

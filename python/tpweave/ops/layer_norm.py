@@ -40,8 +40,8 @@ def layer_norm_fwd_cpu(
     rows = x.shape[:-1].numel()
     stats = torch.empty((2, rows), dtype=torch.float32)
     _C.layer_norm_fwd(
-        x.data_ptr(), data_ptr(residual), data_ptr(weight), data_ptr(bias), y.data_ptr(), h.data_ptr(), stats.data_ptr(),
-        rows, x.shape[-1], eps, DTYPE_CODES[x.dtype], parameter_code,
+        x.data_ptr(), data_ptr(residual), data_ptr(weight), data_ptr(bias), y.data_ptr(), h.data_ptr(),
+        stats.data_ptr(), rows, x.shape[-1], eps, DTYPE_CODES[x.dtype], parameter_code,
     )  # fmt: skip
     return y, h, stats
 
@@ -181,10 +181,14 @@ def layer_norm(
         >>> y, h = tpweave.layer_norm(x, weight, bias, residual=h)
     """
     if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"layer_norm needs a floating-point x of at least 1 dim, got {x.dtype} of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"layer_norm needs a floating-point x of at least 1 dim, got {x.dtype} of shape {tuple(x.shape)}"
+        )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != x.shape[-1:]:
-            raise ValueError(f"layer_norm: {name} has shape {tuple(parameter.shape)}, x's last dim needs ({x.shape[-1]},)")
+            raise ValueError(
+                f"layer_norm: {name} has shape {tuple(parameter.shape)}, x's last dim needs ({x.shape[-1]},)"
+            )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"layer_norm: residual is {residual.dtype} {tuple(residual.shape)}, "

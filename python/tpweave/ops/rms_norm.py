@@ -20,7 +20,9 @@ from tpweave.reference.ops.rms_norm import rms_norm_reference
 Tensor = torch.Tensor
 
 
-def rms_norm_fwd_cpu(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_fwd_cpu(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     weight = parameter_for(x, weight)
@@ -49,7 +51,9 @@ def rms_norm_bwd_cpu(
     return dx, None if dw is None else dw.to(weight.dtype)
 
 
-def rms_norm_fwd_reference(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_fwd_reference(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     h = x if residual is None else x + residual
     wide = h if h.dtype == torch.float64 else h.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
@@ -149,12 +153,15 @@ def rms_norm(
         >>> y, h = tpweave.rms_norm(x, weight, 1e-6, residual=h)
     """
     if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"rms_norm needs a floating-point x of at least 1 dim, got {x.dtype} of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"rms_norm needs a floating-point x of at least 1 dim, got {x.dtype} of shape {tuple(x.shape)}"
+        )
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x's last dim needs ({x.shape[-1]},)")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
-            f"rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, x is {x.dtype} {tuple(x.shape)}; they must match"
+            f"rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, "
+            f"x is {x.dtype} {tuple(x.shape)}; they must match"
         )
     for name, other in (("weight", weight), ("residual", residual)):
         if other is not None and other.device != x.device:

@@ -29,9 +29,7 @@ def _angles(table: Tensor) -> tuple[Tensor, int, int]:
     return table, 0 if table.shape[0] == 1 else table.stride(0), table.stride(1)
 
 
-def rope_cpu(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
     q, k = dense_last_dim(q), dense_last_dim(k)
     cos, *cos_strides = _angles(cos)
@@ -80,7 +78,8 @@ def _backward(ctx, dq, dk):
 
 
 _rope_op = register_op(
-    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, str? backend) -> (Tensor, Tensor)",
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, str? backend)"
+    " -> (Tensor, Tensor)",
     _impl, _fake, _backward, _setup_context,
 )  # fmt: skip
 
@@ -95,8 +94,8 @@ def rope(
         k: [B, S, Hkv, D] of q's dtype.
         cos, sin: [S, D_rot / 2], [1, S, D_rot / 2] or [B, S, D_rot / 2], one column an angle. With D_rot < D (partial
             rotary) the last D - D_rot elements of each head pass through. Hugging Face models hold every angle twice:
-            pass `cos[..., : cos.shape[-1] // 2]` (and the like of sin), a view that costs nothing. Of q's dtype or fp32;
-            others are converted to fp32.
+            pass `cos[..., : cos.shape[-1] // 2]` (and the like of sin), a view that costs nothing. Of q's dtype or
+            fp32; others are converted to fp32.
         interleaved: pairs are (2i, 2i + 1), as in GPT-J, instead of (i, i + D_rot / 2), as in Llama.
         backend: force one row of the table, e.g. `"reference"`.
 
@@ -111,9 +110,7 @@ def rope(
         >>> q, k = tpweave.rope(q, k, angles.cos(), angles.sin())
     """
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"rope needs q [B, S, Hq, D] and k [B, S, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
+        raise ValueError(f"rope needs q [B, S, Hq, D] and k [B, S, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.dtype != k.dtype or not q.is_floating_point():
         raise ValueError(f"rope needs q and k of one floating-point dtype, got {q.dtype} and {k.dtype}")
     batch, sequence, _, head_dim = q.shape
