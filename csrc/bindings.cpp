@@ -23,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
 
   register_gated_activation(m);
   register_layer_norm(m);
+  register_matmul_all_reduce(m);
   register_rms_norm(m);
   register_rope(m);
 }

@@ -12,10 +12,16 @@ from tpweave.version import __version__
 
 _EXPORTS = {
     "TPGroup": "tpweave.distributed.group",
+    "all_gather": "tpweave.comm.all_gather",
+    "all_reduce": "tpweave.comm.all_reduce",
+    "all_reduce_": "tpweave.comm.all_reduce",
+    "all_to_all": "tpweave.comm.all_to_all",
     "explain": "tpweave.dispatch",
     "gated_activation": "tpweave.ops.gated_activation",
     "init": "tpweave.distributed.group",
     "layer_norm": "tpweave.ops.layer_norm",
+    "matmul_all_reduce": "tpweave.comm.matmul_all_reduce",
+    "reduce_scatter": "tpweave.comm.reduce_scatter",
     "rms_norm": "tpweave.ops.rms_norm",
     "rope": "tpweave.ops.rope",
 }

@@ -1,0 +1,37 @@
+// The local half of matmul_all_reduce for few rows: fp32 partial products of a tall-and-thin matmul that
+// reads its weights once.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/isa.h"
+
+namespace tpweave {
+
+// out[m, n] = sum_k a[m, k] * b[k, n] + bias[n]. Elements are of one dtype (fp32, bf16, fp16), out is fp32.
+struct SmallMatmul {
+  const void* packed_a;  // [rows, packed_depth(depth)], as pack_a leaves it
+  const void* b;
+  const void* bias;      // [columns] or null
+  float* out;            // [rows, columns], dense
+  int64_t rows;
+  int64_t columns;
+  int64_t depth;
+  int64_t stride_b;      // between columns of b where they are dense (b = w.t()), else between its dense rows
+  bool dense_columns;    // b[:, n] is dense: the kernel takes dot products; else b[k, :] is dense: it adds rows
+};
+
+struct SmallMatmulKernels {
+  // Copies a [rows, depth] into the form that multiply reads, zeros after `depth`. 4 * packed_depth bytes a row.
+  void (*pack_a)(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype, void* packed);
+  // Computes columns [begin, end).
+  void (*multiply)(const SmallMatmul& args, DType dtype, int64_t begin, int64_t end);
+};
+
+// The depth of a packed row: whole vectors on every instruction set.
+inline int64_t packed_depth(int64_t depth) { return (depth + 31) / 32 * 32; }
+
+TPWEAVE_DECLARE_KERNELS(SmallMatmulKernels, small_matmul_kernels)
+
+}  // namespace tpweave

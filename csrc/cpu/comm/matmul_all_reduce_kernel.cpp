@@ -1,0 +1,168 @@
+// Small matmul kernels, compiled once per instruction set. The weights are read once, at the speed of
+// memory; the rows of a stay in the first caches.
+#include "cpu/comm/matmul_all_reduce.h"
+
+#include "cpu/comm/matmul_all_reduce_vec.h"
+
+namespace tpweave {
+namespace TPWEAVE_ISA_NAMESPACE {
+namespace {
+
+// Dense columns of b: kColumns dot products with kRows rows of a at once.
+template <typename T, int kRows, int kColumns>
+TPWEAVE_INLINE void dot_block(const SmallMatmul& args, int64_t row, int64_t column) {
+  typedef DotOf<T> Dot;
+  const int64_t K = args.depth;
+  const int64_t stride_a = (K + 31) / 32 * 32;
+  const typename Dot::Packed* a = static_cast<const typename Dot::Packed*>(args.packed_a) + row * stride_a;
+  const T* b = static_cast<const T*>(args.b) + column * args.stride_b;
+  VecF sums[kRows][kColumns];
+  for (int m = 0; m < kRows; ++m) {
+    for (int n = 0; n < kColumns; ++n) sums[m][n] = zero();
+  }
+  int64_t k = 0;
+  for (; k + Dot::kStep <= K; k += Dot::kStep) {
+    typename Dot::Operand vb[kColumns];
+    for (int n = 0; n < kColumns; ++n) vb[n] = Dot::load_b(b + n * args.stride_b + k);
+    for (int m = 0; m < kRows; ++m) {
+      const typename Dot::Operand va = Dot::load_a(a + m * stride_a + k);
+      for (int n = 0; n < kColumns; ++n) sums[m][n] = Dot::multiply_add(va, vb[n], sums[m][n]);
+    }
+  }
+  if (k < K) {
+    for (int n = 0; n < kColumns; ++n) {
+      const typename Dot::Operand vb = Dot::load_b_partial(b + n * args.stride_b + k, K - k);
+      for (int m = 0; m < kRows; ++m) {
+        sums[m][n] = Dot::multiply_add(Dot::load_a(a + m * stride_a + k), vb, sums[m][n]);
+      }
+    }
+  }
+  const T* bias = static_cast<const T*>(args.bias);
+  for (int m = 0; m < kRows; ++m) {
+    for (int n = 0; n < kColumns; ++n) {
+      const float start = bias != nullptr ? to_float(bias[column + n]) : 0.0f;
+      args.out[(row + m) * args.columns + column + n] = start + reduce_add(sums[m][n]);
+    }
+  }
+}
+
+// One row needs several sums in flight to hide the FMA's latency, four rows fill the registers.
+template <typename T, int kColumns>
+TPWEAVE_INLINE void dot_columns(const SmallMatmul& args, int64_t column) {
+  int64_t row = 0;
+  for (; row + 4 <= args.rows; row += 4) dot_block<T, 4, kColumns>(args, row, column);
+  for (; row + 2 <= args.rows; row += 2) dot_block<T, 2, kColumns>(args, row, column);
+  for (; row < args.rows; ++row) dot_block<T, 1, kColumns>(args, row, column);
+}
+
+template <typename T>
+void multiply_dense_columns(const SmallMatmul& args, int64_t begin, int64_t end) {
+  // 4 x 3 sums, 3 weights and 1 activation are AVX2's 16 registers.
+  constexpr int kColumns = kLanes == 16 ? 4 : 3;
+  int64_t column = begin;
+  if (args.rows == 1) {
+    for (; column + 4 <= end; column += 4) dot_block<T, 1, 4>(args, 0, column);
+  } else {
+    for (; column + kColumns <= end; column += kColumns) dot_columns<T, kColumns>(args, column);
+  }
+  for (; column < end; ++column) dot_columns<T, 1>(args, column);
+}
+
+// Dense rows of b: kDepth of them, scaled, are added to the outputs at once, so that an output is loaded and
+// stored once for kDepth products.
+template <typename T, int kDepth>
+TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, int64_t end) {
+  const int64_t stride_a = (args.depth + 31) / 32 * 32;
+  const float* a = static_cast<const float*>(args.packed_a) + k;
+  const T* b = static_cast<const T*>(args.b) + k * args.stride_b;
+  int64_t n = begin;
+  for (; n + kLanes <= end; n += kLanes) {
+    VecF vb[kDepth];
+    for (int i = 0; i < kDepth; ++i) vb[i] = load(b + i * args.stride_b + n);
+    for (int64_t m = 0; m < args.rows; ++m) {
+      float* out = args.out + m * args.columns + n;
+      VecF sum = load(out);
+      for (int i = 0; i < kDepth; ++i) sum = fma(set1(a[m * stride_a + i]), vb[i], sum);
+      store(out, sum);
+    }
+  }
+  if (n < end) {
+    for (int64_t m = 0; m < args.rows; ++m) {
+      float* out = args.out + m * args.columns + n;
+      VecF sum = load_partial(out, end - n);
+      for (int i = 0; i < kDepth; ++i) {
+        sum = fma(set1(a[m * stride_a + i]), load_partial(b + i * args.stride_b + n, end - n), sum);
+      }
+      store_partial(out, sum, end - n);
+    }
+  }
+}
+
+template <typename T>
+void multiply_dense_rows(const SmallMatmul& args, int64_t begin, int64_t end) {
+  const T* bias = static_cast<const T*>(args.bias);
+  // The outputs of a block stay in L1: at most 8192 floats.
+  const int64_t block = max_of(kLanes, 8192 / max_of(args.rows, 1) / kLanes * kLanes);
+  for (int64_t from = begin; from < end; from += block) {
+    const int64_t to = min_of(from + block, end);
+    for (int64_t m = 0; m < args.rows; ++m) {
+      for (int64_t n = from; n < to; ++n) {
+        args.out[m * args.columns + n] = bias != nullptr ? to_float(bias[n]) : 0.0f;
+      }
+    }
+    int64_t k = 0;
+    for (; k + 8 <= args.depth; k += 8) add_rows<T, 8>(args, k, from, to);
+    for (; k < args.depth; ++k) add_rows<T, 1>(args, k, from, to);
+  }
+}
+
+template <typename T, typename Packed>
+void pack_rows(const T* a, int64_t stride_a, int64_t rows, int64_t depth, Packed* packed) {
+  const int64_t padded = (depth + 31) / 32 * 32;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t k = 0; k < depth; ++k) from_float(to_float(a[m * stride_a + k]), packed + m * padded + k);
+    for (int64_t k = depth; k < padded; ++k) from_float(0.0f, packed + m * padded + k);
+  }
+}
+
+template <typename T>
+void pack(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, void* packed) {
+  const T* from = static_cast<const T*>(a);
+  if (dense_columns) {
+    pack_rows(from, stride_a, rows, depth, static_cast<typename DotOf<T>::Packed*>(packed));
+  } else {
+    pack_rows(from, stride_a, rows, depth, static_cast<float*>(packed));
+  }
+}
+
+void pack_a(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype, void* packed) {
+  switch (dtype) {
+    case DType::kBFloat16: pack<BFloat16>(a, stride_a, rows, depth, dense_columns, packed); break;
+    case DType::kFloat16: pack<Float16>(a, stride_a, rows, depth, dense_columns, packed); break;
+    default: pack<float>(a, stride_a, rows, depth, dense_columns, packed); break;
+  }
+}
+
+template <typename T>
+void multiply_typed(const SmallMatmul& args, int64_t begin, int64_t end) {
+  if (args.dense_columns) {
+    multiply_dense_columns<T>(args, begin, end);
+  } else {
+    multiply_dense_rows<T>(args, begin, end);
+  }
+}
+
+void multiply(const SmallMatmul& args, DType dtype, int64_t begin, int64_t end) {
+  switch (dtype) {
+    case DType::kBFloat16: multiply_typed<BFloat16>(args, begin, end); break;
+    case DType::kFloat16: multiply_typed<Float16>(args, begin, end); break;
+    default: multiply_typed<float>(args, begin, end); break;
+  }
+}
+
+}  // namespace
+
+const SmallMatmulKernels small_matmul_kernels = {pack_a, multiply};
+
+}  // namespace TPWEAVE_ISA_NAMESPACE
+}  // namespace tpweave

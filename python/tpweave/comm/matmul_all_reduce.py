@@ -1,0 +1,159 @@
+"""Matmul and all-reduce: y = sum over ranks of a_r @ b_r, plus bias once. The output of a row-parallel linear layer.
+
+Partial products are added in fp32 and rounded once, with one exception: for more than SMALL_ROWS rows of bf16 or fp16
+the local product is torch's, which rounds it before the ranks add theirs.
+
+Gradient: every rank holds the same y and computes the same loss from it, so dy is the same on all ranks (the convention
+of `tpweave.comm.regions.reduce_from_ranks`), and nothing has to travel:
+    da_r = dy @ b_r^T,    db_r = a_r^T @ dy,    dbias = sum over rows of dy
+
+Dims: M rows (all leading dims of a together), K this rank's depth, N columns, R ranks.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from tpweave.comm.all_reduce import all_reduce_pg
+from tpweave.comm.call import SUM_CODES, direct, local_objection, pg_objection
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
+from tpweave.distributed.group import TPGroup, resolve_group
+from tpweave.library import register_op
+from tpweave.native import DTYPE_CODES, _C
+from tpweave.reference.comm.matmul_all_reduce import matmul_all_reduce_reference
+
+if TYPE_CHECKING:
+    from tpweave.distributed.group import GroupLike
+
+Tensor = torch.Tensor
+
+SMALL_ROWS = 16
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., N] as [M, N]; N may be 0."""
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+def _small_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a @ b + bias in fp32, [M, N], by the kernel that reads b once."""
+    a = a if a.stride(1) == 1 else a.contiguous()
+    b = b if 1 in b.stride() else b.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    _C.small_matmul(
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), b.stride(1), 0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), a.shape[0], b.shape[1], b.shape[0], DTYPE_CODES[a.dtype],
+    )  # fmt: skip
+    return out
+
+
+def matmul_all_reduce_shm(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGroup) -> Tensor:
+    rows = _rows(a)
+    # Rank 0's partial product brings the bias, so that it is added once and before the rounding.
+    bias = bias if group.rank == 0 else None
+    if a.dtype in FLOATS and rows.shape[0] <= SMALL_ROWS:
+        out = _small_matmul(rows, b, bias)
+    else:
+        out = rows @ b if bias is None else torch.addmm(bias, rows, b)
+    group.shm.all_reduce(out.data_ptr(), out.data_ptr(), out.numel(), SUM_CODES[out.dtype])
+    return out.to(a.dtype).view(*a.shape[:-1], b.shape[1])
+
+
+def matmul_all_reduce_pg(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGroup) -> Tensor:
+    out = all_reduce_pg(a @ b, group)
+    return out if bias is None else out.add_(bias)
+
+
+def matmul_all_reduce_local(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGroup) -> Tensor:
+    return a @ b if bias is None else torch.nn.functional.linear(a, b.t(), bias)
+
+
+MATMUL_ALL_REDUCE = Op("matmul_all_reduce", [
+    Backend("local", matmul_all_reduce_local, Needs(rules=(local_objection,))),
+    Backend("shm", matmul_all_reduce_shm, Needs(device="cpu", transport="shm", dtypes=FLOATS | {torch.float64})),
+    Backend("pg", matmul_all_reduce_pg, Needs(rules=(pg_objection,))),
+    Backend("reference", matmul_all_reduce_reference, Needs()),
+])  # fmt: skip
+
+
+def _impl(a, b, bias, group_name, backend):
+    group = TPGroup.by_name(group_name)
+    return MATMUL_ALL_REDUCE.choose(Inputs([a, b, bias], group=group), backend).run(a, b, bias, group)
+
+
+def _fake(a, b, bias, group_name, backend):
+    return a.new_empty((*a.shape[:-1], b.shape[1]))
+
+
+def _setup_context(ctx, inputs, output):
+    a, b, bias, _, _ = inputs
+    ctx.save_for_backward(a, b)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, dy):
+    a, b = ctx.saved_tensors
+    rows_dy = _rows(dy)
+    da = dy @ b.t() if ctx.needs_input_grad[0] else None
+    db = _rows(a).t() @ rows_dy if ctx.needs_input_grad[1] else None
+    dbias = rows_dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return da, db, dbias, None, None
+
+
+_matmul_all_reduce_op = register_op(
+    "matmul_all_reduce(Tensor a, Tensor b, Tensor? bias, str group_name, str? backend) -> Tensor",
+    _impl, _fake, _backward, _setup_context,
+)  # fmt: skip
+
+
+def _check(a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    if a.dim() == 0 or b.dim() != 2 or a.shape[-1] != b.shape[0]:
+        raise ValueError(
+            f"matmul_all_reduce: a is {tuple(a.shape)}, b is {tuple(b.shape)}; they must be [..., K] and [K, N]"
+        )
+    if bias is not None and bias.shape != b.shape[1:]:
+        raise ValueError(f"matmul_all_reduce: bias has shape {tuple(bias.shape)}, b's columns need ({b.shape[1]},)")
+    for name, other in (("b", b), ("bias", bias)):
+        if other is not None and (other.dtype != a.dtype or other.device != a.device):
+            raise ValueError(
+                f"matmul_all_reduce: {name} is {other.dtype} on {other.device}, a is {a.dtype} on {a.device}; "
+                "they must match"
+            )
+    if not a.is_floating_point():
+        raise ValueError(f"matmul_all_reduce needs floating-point tensors, got {a.dtype}")
+
+
+def matmul_all_reduce(
+    a: Tensor, b: Tensor, group: GroupLike = None, *, bias: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """The sum over ranks of a @ b, plus bias, on every rank.
+
+    Args:
+        a: [..., K], this rank's part of the activations; fp32, bf16, fp16 or fp64.
+        b: [K, N], this rank's part of the weights, of any strides: `weight.t()` of a linear layer costs nothing.
+        group: None (the default group), a `TPGroup`, a `ProcessGroup` or a 1-D `DeviceMesh`.
+        bias: [N], the same on all ranks; added once.
+        backend: force one row of the table; the same on all ranks.
+
+    Returns:
+        [..., N] of a's dtype, bit-equal on all ranks. Its gradient takes dy to be the same on all ranks, as it is where
+        every rank computes the same loss (see the module's docstring).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+        CollectiveMismatchError: the ranks' outputs differ in dtype or shape.
+        PeerFailureError: a rank died or did not come before the timeout.
+
+    Example:
+        >>> y = tpweave.matmul_all_reduce(hidden_shard, linear.weight.t(), bias=linear.bias)
+    """
+    _check(a, b, bias)
+    found = resolve_group(group)
+    grads = torch.is_grad_enabled() and (b.requires_grad or (bias is not None and bias.requires_grad))
+    if not grads and a.dtype in SUM_CODES and direct("matmul_all_reduce", a, found, backend) is not None:
+        return matmul_all_reduce_shm(a, b, bias, found)
+    return _matmul_all_reduce_op(a, b, bias, found.name, backend)

@@ -1,0 +1,98 @@
+"""Bytes between ranks over torch.distributed: what the references and the `pg` rows are made of.
+
+The shm transport checks each call's header. torch.distributed has none: gloo aborts the process, or hangs, when ranks
+disagree about a shape. So the facts of a call travel ahead of its data (`agree`), and ranks that differ all raise.
+Data travels as bytes, which makes every dtype equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from tpweave.errors import CollectiveMismatchError
+
+if TYPE_CHECKING:
+    from tpweave.distributed.group import TPGroup
+
+_TEXT_BYTES = 256
+
+
+def carrier_device(group: TPGroup, device: torch.device) -> torch.device:
+    """Where tensors must lie to travel: gloo takes CPU tensors for every collective, NCCL those of the GPU."""
+    return torch.device("cpu") if dist.get_backend(group.process_group) == "gloo" else device
+
+
+def agree(group: TPGroup, device: torch.device, facts: str, private: Sequence[int] = ()) -> list[list[int]]:
+    """Check that all ranks sent the same `facts`, and give every rank's `private` numbers.
+
+    One small all-gather whose size depends on the group alone, so that even ranks in different operations meet in it.
+
+    Args:
+        facts: operation, dtype, shape: all that must be equal.
+        private: at most 2R numbers that may differ; as many on all ranks when `facts` are equal.
+
+    Raises:
+        CollectiveMismatchError: on all ranks, naming who sent what.
+    """
+    text = facts.encode()
+    if len(text) > _TEXT_BYTES:
+        text = text[: _TEXT_BYTES - 17] + b"~" + hashlib.sha256(text).hexdigest()[:16].encode()
+    header = torch.zeros(_TEXT_BYTES + 16 * group.size, dtype=torch.uint8)
+    header[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    header[_TEXT_BYTES:].view(torch.int64)[: len(private)] = torch.tensor(private, dtype=torch.int64)
+    header = header.to(carrier_device(group, device))
+    headers = header.new_empty(group.size, header.numel())
+    dist.all_gather(list(headers), header, group=group.process_group)
+    rows = headers.cpu()
+    texts = [bytes(row[:_TEXT_BYTES].tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+    if len(set(texts)) > 1:
+        sent = "; ".join(f"rank {rank}: {sent}" for rank, sent in enumerate(texts))
+        raise CollectiveMismatchError(f"ranks of group {group.name} disagree: {sent}")
+    return rows[:, _TEXT_BYTES:].contiguous().view(torch.int64)[:, : len(private)].tolist()
+
+
+def describe(op: str, dtype: torch.dtype, shape: Sequence[int], **values: object) -> str:
+    """The facts of a call in words, e.g. `all_gather float32 (4, 8) dim=0 splits=[2, 2]`."""
+    named = (f"{name}={value}" for name, value in values.items())
+    return " ".join([op, str(dtype).removeprefix("torch."), str(tuple(shape)), *named])
+
+
+def flat_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x's elements in order, as bytes; a view of x where it is dense."""
+    return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def exchange_all(x: torch.Tensor, group: TPGroup, numels: Sequence[int]) -> list[torch.Tensor]:
+    """Every rank's flat tensor, on x's device; rank r sends `numels[r]` elements of any dtype.
+
+    Shorter ones are padded, because gloo aborts on an uneven all-gather.
+    """
+    longest = max(numels) * x.element_size()
+    if longest == 0:
+        return [x.new_empty(0) for _ in numels]
+    carrier = carrier_device(group, x.device)
+    sent = torch.zeros(longest, dtype=torch.uint8, device=carrier)
+    sent[: x.numel() * x.element_size()] = flat_bytes(x)
+    received = sent.new_empty(group.size, longest)
+    dist.all_gather(list(received), sent, group=group.process_group)
+    pieces = received.to(x.device)
+    return [piece[: n * x.element_size()].view(x.dtype) for piece, n in zip(pieces, numels, strict=True)]
+
+
+def exchange_pieces(
+    x: torch.Tensor, group: TPGroup, in_numels: Sequence[int], out_numels: Sequence[int]
+) -> list[torch.Tensor]:
+    """Send consecutive pieces of x, seen flat, to ranks 0..R-1 and give the pieces received, flat and by rank."""
+    size = x.element_size()
+    carrier = carrier_device(group, x.device)
+    received = torch.empty(sum(out_numels) * size, dtype=torch.uint8, device=carrier)
+    sent = flat_bytes(x).to(carrier)
+    dist.all_to_all_single(
+        received, sent, [n * size for n in out_numels], [n * size for n in in_numels], group=group.process_group
+    )
+    return list(received.to(x.device).view(x.dtype).split(list(out_numels)))
