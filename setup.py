@@ -22,8 +22,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).parent.resolve()
 BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-pthread"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
-                "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns of its own avx512fintrin.h
+AVX512_FLAGS = [
+    *AVX2_FLAGS,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mprefer-vector-width=512",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]  # gcc 12 warns of its own avx512fintrin.h
 ISA_FLAGS = {
     "portable": [],
     "avx2": AVX2_FLAGS,
@@ -41,7 +49,7 @@ def compiler() -> str:
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if shutil.which(shlex.split(name)[0]):
             return name
-    sys.exit("tpweave: no C++17 compiler found (looked for $CXX, c++, g++, clang++); install one, e.g. the package g++.")
+    sys.exit("tpweave: no C++17 compiler found (looked for $CXX, c++, g++, clang++); install one, e.g. package g++.")
 
 
 class BuildExt(build_ext):
@@ -52,8 +60,12 @@ class BuildExt(build_ext):
 
         cxx = shlex.split(compiler())
         emulate = os.environ.get("TPWEAVE_EMULATE_AVX512") == "1"
-        objects_dir = pathlib.Path(self.build_temp).resolve() / ("csrc-emulated" if emulate else "csrc")
-        includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        # Not build_temp, which is a new directory in each editable install: everything would be compiled again.
+        objects_dir = ROOT / "build" / ("objects-emulated" if emulate else "objects")
+        python_include = sysconfig.get_paths()["include"]
+        if not os.path.exists(f"{python_include}/Python.h"):
+            sys.exit(f"tpweave: Python.h is missing in {python_include}; install it, e.g. the package python3-dev.")
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{python_include}"]
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         if emulate:
             extra += ["-DTPWEAVE_EMULATED_AVX512", f"-I{ROOT / 'tests/emulation'}"]
@@ -67,7 +79,9 @@ class BuildExt(build_ext):
                 if emulate and level > 1:
                     flags = [*AVX2_FLAGS, "-Wno-psabi"]  # 64-byte vectors are passed in memory there
                 defines = [f"-DTPWEAVE_ISA_NAMESPACE={isa}", f"-DTPWEAVE_ISA_LEVEL={level}"]
-                jobs.append((source, objects_dir / f"{stem}.{isa}.o", [*BASE_FLAGS, *flags, *defines, *includes, *extra]))
+                jobs.append(
+                    (source, objects_dir / f"{stem}.{isa}.o", [*BASE_FLAGS, *flags, *defines, *includes, *extra])
+                )
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for done in [pool.submit(self.compile_one, cxx, *job) for job in jobs]:

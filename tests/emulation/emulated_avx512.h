@@ -10,6 +10,7 @@
 // - vdpbf16ps: as Intel's manual has it, the odd pair's product is added first, then the even one's, each a fused
 //   multiply-add that reads and writes denormals as zero. A processor that keeps more bits between the two differs in
 //   the last bit.
+// - vreduceps: the subtraction is rounded as the immediate says, which Intel's table of special cases implies.
 // - rcp14 and rsqrt14 are exact to the last bit of fp32 instead of 2^-14; kernels may not rely on either.
 // - aligned loads and stores trap on a misaligned address, as the instructions fault.
 // - streaming stores are ordinary ones.
@@ -400,17 +401,19 @@ EMU_MOVE(epi64, __m512i, __mmask8, int64_t)
 
 EMU_BINARY(add_ps, __m512, __mmask16, float, a + b)
 EMU_BINARY(sub_ps, __m512, __mmask16, float, a - b)
-EMU_BINARY(mul_ps, __m512, __mmask16, float, a * b)
+EMU_BINARY(mul_ps, __m512, __mmask16, float, a* b)
 EMU_BINARY(div_ps, __m512, __mmask16, float, a / b)
 EMU_BINARY(add_pd, __m512d, __mmask8, double, a + b)
 EMU_BINARY(sub_pd, __m512d, __mmask8, double, a - b)
-EMU_BINARY(mul_pd, __m512d, __mmask8, double, a * b)
+EMU_BINARY(mul_pd, __m512d, __mmask8, double, a* b)
 EMU_BINARY(div_pd, __m512d, __mmask8, double, a / b)
 // As the instructions: the second operand where either is a NaN or both are zero.
 EMU_BINARY(max_ps, __m512, __mmask16, float, (emu_map2<float>(a, b, [](float x, float y) { return x > y ? x : y; })))
 EMU_BINARY(min_ps, __m512, __mmask16, float, (emu_map2<float>(a, b, [](float x, float y) { return x < y ? x : y; })))
-EMU_BINARY(max_pd, __m512d, __mmask8, double, (emu_map2<double>(a, b, [](double x, double y) { return x > y ? x : y; })))
-EMU_BINARY(min_pd, __m512d, __mmask8, double, (emu_map2<double>(a, b, [](double x, double y) { return x < y ? x : y; })))
+EMU_BINARY(max_pd, __m512d, __mmask8, double,
+           (emu_map2<double>(a, b, [](double x, double y) { return x > y ? x : y; })))
+EMU_BINARY(min_pd, __m512d, __mmask8, double,
+           (emu_map2<double>(a, b, [](double x, double y) { return x < y ? x : y; })))
 EMU_FUSED(fmadd_ps, _mm256_fmadd_ps(x, y, z))
 EMU_FUSED(fmsub_ps, _mm256_fmsub_ps(x, y, z))
 EMU_FUSED(fnmadd_ps, _mm256_fnmadd_ps(x, y, z))
@@ -421,7 +424,8 @@ EMU __m512d _mm512_fmadd_pd(__m512d a, __m512d b, __m512d c) {
   for (int i = 0; i < 8; ++i) x.lane[i] = __builtin_fma(x.lane[i], y.lane[i], z.lane[i]);
   return emu_join<__m512d>(x);
 }
-EMU_UNARY(sqrt_ps, __m512, __mmask16, float, __m512, emu_two(_mm256_sqrt_ps(emu_half(a, 0)), _mm256_sqrt_ps(emu_half(a, 1))))
+EMU_UNARY(sqrt_ps, __m512, __mmask16, float, __m512,
+          emu_two(_mm256_sqrt_ps(emu_half(a, 0)), _mm256_sqrt_ps(emu_half(a, 1))))
 EMU_UNARY(rcp14_ps, __m512, __mmask16, float, __m512, _mm512_div_ps(_mm512_set1_ps(1.0f), a))
 EMU_UNARY(rsqrt14_ps, __m512, __mmask16, float, __m512, _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(a)))
 EMU_UNARY(abs_ps, __m512, __mmask16, float, __m512,
@@ -439,10 +443,21 @@ EMU float emu_roundscale(float x, int imm) {
 EMU __m512 _mm512_roundscale_ps(__m512 a, int imm) {
   return emu_map<float, __m512, float>(a, [imm](float x) { return emu_roundscale(x, imm); });
 }
+EMU float emu_reduce(float x, int imm) {
+  if (__builtin_isinf(x)) return 0.0f;
+  const int mode = (imm & 4) != 0 ? 0 : imm & 3;
+  const float whole = emu_roundscale(x, imm);
+  const float rest = x - whole;
+  if (rest == 0.0f) return mode == 1 ? -0.0f : 0.0f;
+  // What the subtraction lost, exactly: its sign says which way the nearest float lies.
+  const float part = rest - x;
+  const float lost = (x - (rest - part)) + (-whole - part);
+  const float toward = mode == 1 ? -__builtin_inff() : mode == 2 ? __builtin_inff() : 0.0f;
+  if (mode == 0 || lost == 0.0f || (lost < 0.0f) != (toward < rest)) return rest;
+  return __builtin_nextafterf(rest, toward);
+}
 EMU __m512 _mm512_reduce_ps(__m512 a, int imm) {
-  return emu_map<float, __m512, float>(a, [imm](float x) {
-    return __builtin_isinf(x) ? 0.0f : x - emu_roundscale(x, imm);
-  });
+  return emu_map<float, __m512, float>(a, [imm](float x) { return emu_reduce(x, imm); });
 }
 EMU_UNARY(floor_ps, __m512, __mmask16, float, __m512, _mm512_roundscale_ps(a, 9))
 EMU_UNARY(ceil_ps, __m512, __mmask16, float, __m512, _mm512_roundscale_ps(a, 10))
@@ -465,7 +480,8 @@ EMU_UNARY(getexp_ps, __m512, __mmask16, float, __m512, (emu_map<float, __m512, f
 EMU_BINARY(and_ps, __m512, __mmask16, float, (emu_map2<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x & y; })))
 EMU_BINARY(or_ps, __m512, __mmask16, float, (emu_map2<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x | y; })))
 EMU_BINARY(xor_ps, __m512, __mmask16, float, (emu_map2<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x ^ y; })))
-EMU_BINARY(andnot_ps, __m512, __mmask16, float, (emu_map2<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return ~x & y; })))
+EMU_BINARY(andnot_ps, __m512, __mmask16, float,
+           (emu_map2<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return ~x & y; })))
 
 // Halves are folded onto each other, the order that gcc and clang use.
 template <typename T, typename V, typename F>
@@ -476,16 +492,30 @@ EMU T emu_fold(V v, F f) {
   }
   return lanes.lane[0];
 }
-EMU float _mm512_reduce_add_ps(__m512 v) { return emu_fold<float>(v, [](float x, float y) { return x + y; }); }
-EMU float _mm512_reduce_mul_ps(__m512 v) { return emu_fold<float>(v, [](float x, float y) { return x * y; }); }
-EMU float _mm512_reduce_max_ps(__m512 v) { return emu_fold<float>(v, [](float x, float y) { return x > y ? x : y; }); }
-EMU float _mm512_reduce_min_ps(__m512 v) { return emu_fold<float>(v, [](float x, float y) { return x < y ? x : y; }); }
-EMU double _mm512_reduce_add_pd(__m512d v) { return emu_fold<double>(v, [](double x, double y) { return x + y; }); }
+EMU float _mm512_reduce_add_ps(__m512 v) {
+  return emu_fold<float>(v, [](float x, float y) { return x + y; });
+}
+EMU float _mm512_reduce_mul_ps(__m512 v) {
+  return emu_fold<float>(v, [](float x, float y) { return x * y; });
+}
+EMU float _mm512_reduce_max_ps(__m512 v) {
+  return emu_fold<float>(v, [](float x, float y) { return x > y ? x : y; });
+}
+EMU float _mm512_reduce_min_ps(__m512 v) {
+  return emu_fold<float>(v, [](float x, float y) { return x < y ? x : y; });
+}
+EMU double _mm512_reduce_add_pd(__m512d v) {
+  return emu_fold<double>(v, [](double x, double y) { return x + y; });
+}
 EMU int _mm512_reduce_add_epi32(__m512i v) {
   return static_cast<int>(emu_fold<uint32_t>(v, [](uint32_t x, uint32_t y) { return x + y; }));
 }
-EMU int _mm512_reduce_max_epi32(__m512i v) { return emu_fold<int>(v, [](int x, int y) { return x > y ? x : y; }); }
-EMU int _mm512_reduce_min_epi32(__m512i v) { return emu_fold<int>(v, [](int x, int y) { return x < y ? x : y; }); }
+EMU int _mm512_reduce_max_epi32(__m512i v) {
+  return emu_fold<int>(v, [](int x, int y) { return x > y ? x : y; });
+}
+EMU int _mm512_reduce_min_epi32(__m512i v) {
+  return emu_fold<int>(v, [](int x, int y) { return x < y ? x : y; });
+}
 EMU long long _mm512_reduce_add_epi64(__m512i v) {
   return static_cast<long long>(emu_fold<uint64_t>(v, [](uint64_t x, uint64_t y) { return x + y; }));
 }

@@ -1,4 +1,5 @@
-// The second half of emulated_avx512.h, which includes it: integers, comparisons, conversions, shuffles, bfloat16, masks.
+// The second half of emulated_avx512.h, which includes it: integers, comparisons, conversions, shuffles, bfloat16,
+// masks.
 #pragma once
 
 namespace tpweave {
@@ -24,6 +25,7 @@ EMU_INT_WIDTH(8, __mmask64)
 EMU_INT_WIDTH(16, __mmask32)
 EMU_INT_WIDTH(32, __mmask16)
 EMU_INT_WIDTH(64, __mmask8)
+// clang-format off: it takes the expressions for declarations.
 EMU_INT2(mullo, epi16, __mmask32, uint16_t, static_cast<uint32_t>(x) * y)
 EMU_INT2(mullo, epi32, __mmask16, uint32_t, x * y)
 EMU_INT2(mullo, epi64, __mmask8, uint64_t, x * y)
@@ -39,6 +41,7 @@ EMU_INT2(and, epi64, __mmask8, uint64_t, x & y)
 EMU_INT2(or, epi64, __mmask8, uint64_t, x | y)
 EMU_INT2(xor, epi64, __mmask8, uint64_t, x ^ y)
 EMU_INT2(andnot, epi64, __mmask8, uint64_t, ~x & y)
+// clang-format on
 EMU __m512i _mm512_and_si512(__m512i a, __m512i b) { return _mm512_and_epi64(a, b); }
 EMU __m512i _mm512_or_si512(__m512i a, __m512i b) { return _mm512_or_epi64(a, b); }
 EMU __m512i _mm512_xor_si512(__m512i a, __m512i b) { return _mm512_xor_epi64(a, b); }
@@ -96,8 +99,8 @@ EMU_SHIFTS(64, __mmask8)
 
 // ---- comparisons --------------------------------------------------------------------------------
 
-// The 32 predicates of vcmpps: imm & 7 is the relation, and imm & 16 only changes which NaNs signal, save that EQ, UNORD,
-// NEQ, ORD come in ordered and unordered kinds by bit 3.
+// The 32 predicates of vcmpps: imm & 7 is the relation, and imm & 16 only changes which NaNs signal, save that EQ,
+// UNORD, NEQ, ORD come in ordered and unordered kinds by bit 3.
 EMU bool emu_predicate(float x, float y, int imm) {
   const bool unordered = __builtin_isunordered(x, y);
   switch (imm & 15) {
@@ -262,14 +265,15 @@ EMU __m512i _mm512_shuffle_i64x2(__m512i a, __m512i b, int imm) { return emu_shu
 EMU __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int imm) { return emu_shuffle_quarters<float>(a, b, imm); }
 EMU __m512d _mm512_shuffle_f64x2(__m512d a, __m512d b, int imm) { return emu_shuffle_quarters<double>(a, b, imm); }
 EMU __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int imm) {
-  return emu_gather_lanes<float>(a, b, [imm](int i) {
-    return i / 4 * 4 + ((imm >> (2 * (i % 4))) & 3) + (i % 4 >= 2 ? 16 : 0);
-  });
+  return emu_gather_lanes<float>(
+      a, b, [imm](int i) { return i / 4 * 4 + ((imm >> (2 * (i % 4))) & 3) + (i % 4 >= 2 ? 16 : 0); });
 }
 EMU __m512 _mm512_permute_ps(__m512 a, int imm) {
   return emu_gather_lanes<float>(a, a, [imm](int i) { return i / 4 * 4 + ((imm >> (2 * (i % 4))) & 3); });
 }
-EMU __m512i _mm512_shuffle_epi32(__m512i a, int imm) {
+// Its immediate is an enum of the global namespace, where lookup by argument would find the compiler's function too.
+#define _mm512_shuffle_epi32 emu_shuffle_epi32
+EMU __m512i emu_shuffle_epi32(__m512i a, int imm) {
   return emu_gather_lanes<int32_t>(a, a, [imm](int i) { return i / 4 * 4 + ((imm >> (2 * (i % 4))) & 3); });
 }
 EMU __m512i _mm512_permutex_epi64(__m512i a, int imm) {
@@ -284,8 +288,12 @@ EMU __m512i _mm512_shuffle_epi8(__m512i a, __m512i b) {
   }
   return emu_join<__m512i>(out);
 }
-EMU __m512 _mm512_movehdup_ps(__m512 a) { return emu_gather_lanes<float>(a, a, [](int i) { return i | 1; }); }
-EMU __m512 _mm512_moveldup_ps(__m512 a) { return emu_gather_lanes<float>(a, a, [](int i) { return i & ~1; }); }
+EMU __m512 _mm512_movehdup_ps(__m512 a) {
+  return emu_gather_lanes<float>(a, a, [](int i) { return i | 1; });
+}
+EMU __m512 _mm512_moveldup_ps(__m512 a) {
+  return emu_gather_lanes<float>(a, a, [](int i) { return i & ~1; });
+}
 EMU __m512i _mm512_alignr_epi32(__m512i a, __m512i b, int imm) {
   return emu_gather_lanes<int32_t>(b, a, [imm](int i) { return i + (imm & 15); });
 }
@@ -330,9 +338,7 @@ EMU __m512i _mm512_packus_epi16(__m512i a, __m512i b) { return emu_pack<int16_t,
 // ---- bfloat16 (AVX-512 BF16) --------------------------------------------------------------------
 
 #if TPWEAVE_ISA_LEVEL >= 3
-EMU float emu_flush(float x) {
-  return (emu_bits(x) & 0x7f800000u) == 0 ? emu_float(emu_bits(x) & 0x80000000u) : x;
-}
+EMU float emu_flush(float x) { return (emu_bits(x) & 0x7f800000u) == 0 ? emu_float(emu_bits(x) & 0x80000000u) : x; }
 EMU uint16_t emu_to_bf16(float x) {
   const uint32_t bits = emu_bits(emu_flush(x));
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
