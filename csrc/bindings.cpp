@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("openmp_runtime", &openmp_runtime);
   m.def("max_threads", &max_threads);
 
+  register_attention(m);
   register_gated_activation(m);
   register_layer_norm(m);
   register_matmul_all_reduce(m);
