@@ -27,4 +27,9 @@ PYBIND11_MODULE(_C, m) {
   register_matmul_all_reduce(m);
   register_rms_norm(m);
   register_rope(m);
+  register_shm_communicator(m);
+  register_all_gather(m);
+  register_all_reduce(m);
+  register_all_to_all(m);
+  register_reduce_scatter(m);
 }

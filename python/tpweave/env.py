@@ -3,6 +3,7 @@
 TPWEAVE_ISA       portable | avx2 | avx512 | avx512bf16: the CPU kernels to use (read by the C++ side at load)
 TPWEAVE_BACKEND   op:backend[,op:backend...]: force one backend for an operation, as `backend=` does
 TPWEAVE_TIMEOUT   seconds a collective waits for a late rank (default 300)
+TPWEAVE_TRANSPORT shm | pg: what groups use, instead of shared memory wherever all ranks can map it
 TRITON_INTERPRET  1 runs Triton kernels on CPU tensors in Triton's interpreter (for tests)
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-NAMES = ("TPWEAVE_ISA", "TPWEAVE_BACKEND", "TPWEAVE_TIMEOUT", "TRITON_INTERPRET")
+NAMES = ("TPWEAVE_ISA", "TPWEAVE_BACKEND", "TPWEAVE_TIMEOUT", "TPWEAVE_TRANSPORT", "TRITON_INTERPRET")
 
 
 def forced_backend(op: str) -> str | None:
@@ -37,6 +38,14 @@ def timeout_seconds() -> float:
     if not seconds > 0:
         raise ValueError(f"TPWEAVE_TIMEOUT is '{setting}'; it must be more than 0 seconds")
     return seconds
+
+
+def forced_transport() -> str | None:
+    """The transport that TPWEAVE_TRANSPORT names, or None."""
+    setting = os.environ.get("TPWEAVE_TRANSPORT")
+    if setting not in (None, "", "shm", "pg"):
+        raise ValueError(f"TPWEAVE_TRANSPORT is '{setting}'; it takes shm or pg")
+    return setting or None
 
 
 def triton_interpreted() -> bool:

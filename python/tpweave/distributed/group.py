@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpweave import env
+from tpweave.distributed.symmetric_memory import SymmetricBuffer, join
 
 # What the public ops take as `group`.
 GroupLike = Union["TPGroup", "dist.ProcessGroup", DeviceMesh, None]
@@ -39,6 +40,7 @@ class TPGroup:
         transport: "shm", "pg" or "none", the same on all ranks.
         transport_reason: why it is not "shm", in words; None when it is.
         shm: the native communicator of the "shm" transport, else None.
+        symmetric_buffers: by channel; `tpweave.distributed.symmetric_memory.symmetric_buffer` fills it.
     """
 
     _by_name: dict[str, TPGroup] = {}  # noqa: RUF012
@@ -52,15 +54,18 @@ class TPGroup:
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
             self.ranks = tuple(dist.get_process_group_ranks(process_group))
         self._timeout = timeout
-        self.shm: Any = None
-        self.transport = "none" if self.size == 1 else "pg"
-        self.transport_reason: str | None = "the group has one rank" if self.size == 1 else None
         base = "lone" if process_group is None else process_group.group_name
         # A rank may have built groups that others have not: the highest count is free on all.
         generation = max(self.all_gather_object(_generations.get(base, 0)))
         _generations[base] = generation + 1
         self.name = f"tp:{base}:{generation}"
         self.destroyed = False
+        self.symmetric_buffers: dict[str, SymmetricBuffer] = {}
+        self.shm: Any = None
+        self.transport_reason: str | None = "the group has one rank"
+        if self.size > 1:
+            self.shm, self.transport_reason = join(self)
+        self.transport = "none" if self.size == 1 else "pg" if self.shm is None else "shm"
         TPGroup._by_name[self.name] = self
         TPGroup._by_process_group[process_group] = self
 
@@ -81,16 +86,18 @@ class TPGroup:
     @timeout.setter
     def timeout(self, seconds: float) -> None:
         self._timeout = _checked_timeout(seconds)
+        if self.shm is not None:
+            self.shm.set_timeout(self._timeout)
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of shared memory that the group's transport holds, for all ranks together."""
-        return 0
+        return 0 if self.shm is None else self.shm.workspace_bytes
 
     @property
     def poisoned(self) -> bool:
         """Whether an earlier failure made the group unusable; `tpweave.init` builds a new one."""
-        return False
+        return self.shm is not None and self.shm.poisoned
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value` in rank order, over torch.distributed: for agreeing on facts, not for speed."""
@@ -105,6 +112,10 @@ class TPGroup:
         if self.destroyed:
             return
         self.destroyed = True
+        self.symmetric_buffers.clear()
+        # The closed communicator stays: a call on it says that the group was destroyed.
+        if self.shm is not None:
+            self.shm.close()
         del TPGroup._by_name[self.name]
         if TPGroup._by_process_group.get(self.process_group) is self:
             del TPGroup._by_process_group[self.process_group]
@@ -198,8 +209,8 @@ def _join_world() -> dist.ProcessGroup | None:
     if "WORLD_SIZE" in present and os.environ["WORLD_SIZE"] != "1":
         missing = ", ".join(name for name in _TORCHRUN_VARIABLES if name not in present)
         raise RuntimeError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed cannot be initialised: not set: {missing}. "
-            "Start the processes with torchrun, or call torch.distributed.init_process_group first."
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed cannot be initialised: "
+            f"not set: {missing}. Start the processes with torchrun, or call init_process_group first."
         )
     for name, launcher in _OTHER_LAUNCHERS.items():
         if os.environ.get(name, "1") != "1":
