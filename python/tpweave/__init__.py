@@ -11,6 +11,7 @@ from typing import Any
 from tpweave.version import __version__
 
 _EXPORTS = {
+    "SwapReport": "tpweave.patch.report",
     "TPGroup": "tpweave.distributed.group",
     "all_gather": "tpweave.comm.all_gather",
     "all_reduce": "tpweave.comm.all_reduce",
@@ -23,14 +24,19 @@ _EXPORTS = {
     "layer_norm": "tpweave.ops.layer_norm",
     "matmul_all_reduce": "tpweave.comm.matmul_all_reduce",
     "reduce_scatter": "tpweave.comm.reduce_scatter",
+    "parallelize": "tpweave.patch.core",
+    "restore": "tpweave.patch.core",
     "rms_norm": "tpweave.ops.rms_norm",
     "rope": "tpweave.ops.rope",
 }
+_PACKAGES = ("layers",)
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", *_EXPORTS, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"tpweave.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'tpweave' has no attribute '{name}'")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,0 +1,98 @@
+"""An embedding table divided over ranks by vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tpweave.comm.regions import reduce_from_ranks
+from tpweave.distributed.group import resolve_group
+from tpweave.layers.sharding import Shard, ShardedModule
+
+Tensor = torch.Tensor
+
+
+class VocabParallelEmbedding(ShardedModule):
+    """`nn.Embedding` of which each rank holds the rows of some tokens.
+
+    | tensor         | shape    | on each rank |
+    |----------------|----------|--------------|
+    | ids            | [...]    | the same, integers in [0, V) |
+    | weight_shard_v | [v, H]   | its rows     |
+    | y              | [..., H] | the same     |
+
+        forward   y = sum over ranks of (weight_shard_v[id - start] where start <= id < stop, else 0)   (one all-reduce)
+        wgrad     dweight_shard_v[id - start] += dy where start <= id < stop
+
+    Each sum has one term that is not zero, so y has the same bits as the unsharded table's row.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: H.
+        padding_idx: the token whose row gets no gradient.
+        group: see `tpweave.init`.
+        splits: rows per rank (default: even).
+        device, dtype: of the table; initialised whole and then sliced, as `ColumnParallelLinear`.
+
+    Raises:
+        ValueError: splits that do not fit or overlap; an id outside [0, V).
+
+    Example:
+        >>> embed = tpweave.layers.VocabParallelEmbedding.from_embedding(model.embed_tokens, group)
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, group: Any = None,
+        splits: Sequence[int] | Shard | None = None, device: Any = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.group, self.shards = resolve_group(group), {}
+        self._fill(nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype), splits)
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, group: Any = None, splits: Sequence[int] | Shard | None = None
+    ) -> VocabParallelEmbedding:
+        """This rank's part of `embedding`, which is left as it is.
+
+        Raises:
+            ValueError: the embedding renormalises rows, scales gradients by frequency or makes sparse gradients.
+        """
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+            raise ValueError("VocabParallelEmbedding has no max_norm, scale_grad_by_freq or sparse gradients")
+        layer = cls._bare(resolve_group(group))
+        layer._fill(embedding, splits)
+        return layer
+
+    def _fill(self, embedding: nn.Embedding, splits: Sequence[int] | Shard | None) -> None:
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.shard = Shard.of(embedding.num_embeddings, self.group.size, splits, type(self).__name__)
+        if self.shard.has_replicas:
+            raise ValueError(f"VocabParallelEmbedding needs parts that do not overlap, got {list(self.shard.ranges)}")
+        self.padding_idx = embedding.padding_idx
+        self._adopt("weight", embedding.weight, 0, self.shard)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.numel() > 0 and ids.device.type == "cpu":
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0 or high >= self.num_embeddings:
+                raise ValueError(f"token ids go from {low} to {high}; this embedding has [0, {self.num_embeddings})")
+        start, stop = self.shard.ranges[self.group.rank]
+        if start == stop:
+            # Connected to the weight, so that every rank's backward has the same collectives.
+            y = self.weight.sum() + ids.new_zeros((*ids.shape, self.embedding_dim), dtype=self.weight.dtype)
+            return reduce_from_ranks(y, self.group)
+        outside = (ids < start) | (ids >= stop)
+        padding = None
+        if self.padding_idx is not None and start <= self.padding_idx < stop:
+            padding = self.padding_idx - start
+        y = F.embedding((ids - start).masked_fill(outside, 0), self.weight, padding)
+        return reduce_from_ranks(y.masked_fill(outside.unsqueeze(-1), 0), self.group)
+
+    def extra_repr(self) -> str:
+        start, stop = self.shard.ranges[self.group.rank]
+        return f"{self.num_embeddings} [{start}:{stop}], {self.embedding_dim}"
