@@ -22,7 +22,7 @@ from tpweave.comm.call import SUM_CODES, direct, local_objection, pg_objection
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.library import register_op
-from tpweave.native import DTYPE_CODES, _C
+from tpweave.native import _C, DTYPE_CODES
 from tpweave.reference.comm.matmul_all_reduce import matmul_all_reduce_reference
 
 if TYPE_CHECKING:
