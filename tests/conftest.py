@@ -1,9 +1,16 @@
 """Fixtures shared by all tests."""
 
+import os
+
 import pytest
 import torch
 
 from tpweave.native import _C
+
+# Read when a kernel is decorated, so before any is imported. The tables keep "cpu" above "triton": CPU tensors go to the
+# interpreter only where a test names it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=_C.available_isas())

@@ -44,6 +44,16 @@ class Inputs:
 Rule = Callable[[Inputs], "str | None"]
 
 
+def last_dim_up_to(limit: int) -> Rule:
+    """A rule: the first tensor's last dim is at most `limit`."""
+
+    def rule(inputs: Inputs) -> str | None:
+        size = inputs.tensors[0].shape[-1]
+        return None if size <= limit else f"takes a last dim of up to {limit}, not {size}"
+
+    return rule
+
+
 @functools.cache
 def _module_missing(name: str) -> bool:
     return importlib.util.find_spec(name) is None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import tpweave
+from tpweave import env
 from tpweave.dispatch import OPS
 from tpweave.errors import BackendUnavailableError
 from tpweave.testing import accuracy
@@ -164,9 +165,11 @@ def run_check(check: Check, backend: str, device: torch.device | str, dtype: tor
     seconds = time.perf_counter() - begin
     expected = outputs_and_gradients(check, wide, "reference", group)
     same = outputs_and_gradients(check, inputs, "reference", group)
+    # Triton's interpreter cuts bits off where a GPU rounds to bf16: up to 2^-7 of a value, twice in a rounded sum's norm.
+    cuts = dtype == torch.bfloat16 and backend == "triton" and env.triton_interpreted()
     worst = (0.0, 0.0)
     for out, want, plain in zip(got, expected, same, strict=True):
-        error, bound, reason = accuracy(out, want, plain)
+        error, bound, reason = accuracy(out, want, plain, eps=2**-6 if cuts else None)
         if reason:
             return Result(*facts, "wrong", reason, error, bound, seconds)
         if bound > 0 and error * worst[1] >= worst[0] * bound:

@@ -33,6 +33,25 @@ def test_matches_float64(isa, backend, dtype, kind):
         assert_ok(run_check(check, backend, "cpu", dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("kind", KIND_CODES)
+def test_triton_in_the_interpreter(dtype, kind):
+    pytest.importorskip("triton")
+    for shape in [(1,), (3, 77), (2, 3, 40), (0, 16), (16, 0), (2, 1100)]:
+        check = Check("gated_activation", str(shape), lambda d, s=shape: (d.normal(*s), d.normal(*s)), call_on(kind))
+        assert_ok(run_check(check, "triton", "cpu", dtype))
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_triton_slope_does_not_overflow():
+    pytest.importorskip("triton")
+    gate = torch.tensor([1e30, -1e30, 90.0, -90.0], requires_grad=True)
+    for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+        y = tpweave.gated_activation(gate, torch.ones(4), kind, backend="triton")
+        (slope,) = torch.autograd.grad(y.sum(), gate)
+        torch.testing.assert_close(slope, torch.tensor([1.0, 0, 1, 0]))
+
+
 @pytest.mark.parametrize(
     "halves",
     [
@@ -45,7 +64,10 @@ def test_matches_float64(isa, backend, dtype, kind):
     ids=["merged", "stacked", "transposed", "expanded", "strided last dim"],
 )
 def test_any_strides(isa, halves):
-    assert_ok(run_check(Check("gated_activation", "strides", halves, call_on("silu")), "cpu", "cpu", torch.bfloat16))
+    case = Check("gated_activation", "strides", halves, call_on("silu"))
+    assert_ok(run_check(case, "cpu", "cpu", torch.bfloat16))
+    if isa == "portable":
+        assert_ok(run_check(case, "triton", "cpu", torch.float32))
 
 
 @pytest.mark.parametrize("kind", KIND_CODES)

@@ -42,6 +42,20 @@ def test_matches_float64(isa, backend, dtype, with_parameters, with_residual):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_triton_in_the_interpreter(monkeypatch, dtype, with_residual):
+    pytest.importorskip("triton")
+    from tpweave.kernels.ops import layer_norm
+
+    # Two programs for the weight gradient, so that each takes several rows and the last has fewer.
+    monkeypatch.setattr(layer_norm, "NUM_PARTIALS", 2)
+    for shape in [(1, 1), (3, 77), (5, 2, 40), (0, 16)]:
+        assert_ok(run_check(check(shape, with_residual=with_residual), "triton", "cpu", dtype))
+    for with_weight, with_bias in ((True, False), (False, True), (False, False)):
+        assert_ok(run_check(check((3, 20), with_weight, with_bias, with_residual), "triton", "cpu", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_wide_parameters_are_not_rounded(isa, dtype):
     assert_ok(run_check(check((7, 65), parameter_dtype=torch.float32), "cpu", "cpu", dtype))
 

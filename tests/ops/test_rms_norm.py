@@ -4,23 +4,31 @@ import pytest
 import torch
 
 import tpweave
-from tpweave.dispatch import Inputs
 from tpweave.errors import BackendUnavailableError
 from tpweave.ops.rms_norm import RMS_NORM
-from tpweave.testing import assert_accurate
+from tpweave.verification import DTYPES, Check, outputs_and_gradients, run_check
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 77), (5, 2, 384), (130, 64), (2, 4099), (0, 16), (1311, 33)]
-BACKENDS = [row.name for row in RMS_NORM.backends]
+# The reference is what the others are held against.
+BACKENDS = [row.name for row in RMS_NORM.backends if row.name not in ("triton", "reference")]
 
 
-def run(x, weight, residual, grad_y, grad_h, backend):
-    leaves = [t.detach().clone().requires_grad_() if t is not None else None for t in (x, weight, residual)]
-    out = tpweave.rms_norm(leaves[0], leaves[1], 1e-5, residual=leaves[2], backend=backend)
-    y, h = out if residual is not None else (out, None)
-    loss = (y * grad_y).sum() if h is None else (y * grad_y).sum() + (h * grad_h).sum()
-    grads = torch.autograd.grad(loss, [t for t in leaves if t is not None])
-    return [y.detach(), *([] if h is None else [h.detach()]), *grads]
+def check(shape, with_weight=True, with_residual=False, weight_dtype=None):
+    def make(draw):
+        x, residual = draw.normal(*shape), draw.normal(*shape)
+        weight = draw.normal(shape[-1]).to(weight_dtype or draw.dtype)
+        return x, weight if with_weight else None, residual if with_residual else None
+
+    def call(inputs, backend, group):
+        return tpweave.rms_norm(*inputs[:2], 1e-5, residual=inputs[2], backend=backend)
+
+    return Check("rms_norm", str(shape), make, call)
+
+
+def assert_ok(result):
+    if result.status == "unavailable":
+        pytest.skip(result.reason)
+    assert result.status == "ok", f"{result.case}: {result.reason}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -29,21 +37,30 @@ def run(x, weight, residual, grad_y, grad_h, backend):
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_matches_float64(isa, backend, dtype, with_weight, with_residual):
     for shape in SHAPES:
-        x, residual, grad_y, grad_h = (torch.randn(shape).to(dtype) for _ in range(4))
-        weight = torch.randn(shape[-1]).to(dtype) if with_weight else None
-        residual = residual if with_residual else None
-        args = (x, weight, residual, grad_y, grad_h)
-        reason = dict(RMS_NORM.supported(Inputs([x, weight, residual])))[backend]
-        if reason is not None:
-            pytest.skip(f"{backend}: {reason}")
-        # The oracle sees the residual sum as rounded by the dtype, which is part of the definition.
-        wide = [None if t is None else t.double() for t in args]
-        if with_residual:
-            wide[0], wide[2] = (x + residual).double(), torch.zeros(shape, dtype=torch.float64)
-        expected = run(*wide, backend="reference")
-        same = run(*args, backend="reference")
-        for got, want, plain in zip(run(*args, backend=backend), expected, same, strict=True):
-            assert_accurate(got, want, plain)
+        assert_ok(run_check(check(shape, with_weight, with_residual), backend, "cpu", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_triton_in_the_interpreter(monkeypatch, dtype, with_residual):
+    pytest.importorskip("triton")
+    from tpweave.kernels.ops import rms_norm
+
+    # Two programs for the weight gradient, so that each takes several rows and the last has fewer.
+    monkeypatch.setattr(rms_norm, "NUM_PARTIALS", 2)
+    for shape in [(1, 1), (3, 77), (5, 2, 40), (0, 16)]:
+        for with_weight in (True, False):
+            assert_ok(run_check(check(shape, with_weight, with_residual), "triton", "cpu", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_wide_weight_is_not_rounded(isa, dtype):
+    assert_ok(run_check(check((7, 65), weight_dtype=torch.float32), "cpu", "cpu", dtype))
+
+
+def test_agrees_with_torch():
+    x, weight = torch.randn(9, 200), torch.randn(200)
+    torch.testing.assert_close(tpweave.rms_norm(x, weight), torch.nn.functional.rms_norm(x, (200,), weight, 1e-6))
 
 
 def test_reference_gradients_in_float64():
@@ -70,13 +87,15 @@ def test_non_contiguous_and_extreme_inputs():
 
 
 def test_repeats_are_bit_equal():
-    args = [torch.randn(513, 129).bfloat16() for _ in range(2)]
-    weight = torch.randn(129).bfloat16()
-    first = run(args[0], weight, None, args[1], None, None)
+    case = check((513, 129), with_residual=True)
+    inputs = [torch.randn(s).bfloat16() for s in ((513, 129), (129,), (513, 129))]
+    first = outputs_and_gradients(case, inputs, None)
+    before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        for a, b in zip(first, run(args[0], weight, None, args[1], None, None), strict=True):
+        for a, b in zip(first, outputs_and_gradients(case, inputs, None), strict=True):
             assert torch.equal(a, b)
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +105,7 @@ def test_repeats_are_bit_equal():
         (lambda: tpweave.rms_norm(torch.ones(2, 8, dtype=torch.int64), None), "int64"),
         (lambda: tpweave.rms_norm(torch.randn(2, 8), None, residual=torch.randn(2, 7)), r"\(2, 7\)"),
         (lambda: tpweave.rms_norm(torch.randn(2, 8), None, residual=torch.randn(2, 8).half()), "float16"),
+        (lambda: tpweave.rms_norm(torch.randn(2, 8), torch.randn(8, device="meta")), "meta"),
     ],
 )
 def test_bad_input_names_the_values(call, seen):
@@ -99,3 +119,5 @@ def test_named_backend_runs_or_says_why():
         tpweave.rms_norm(x, None, backend="cpu")
     with pytest.raises(BackendUnavailableError, match="no backend 'nope'"):
         tpweave.rms_norm(x, None, backend="nope")
+    with pytest.raises(BackendUnavailableError, match="up to 32768, not 40000"):
+        tpweave.rms_norm(torch.randn(1, 40000), None, backend="triton")

@@ -50,6 +50,14 @@ def test_matches_float64(isa, backend, dtype, interleaved, angle_dtype):
         assert_ok(run_check(check(case, interleaved, angle_dtype), backend, "cpu", dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_triton_in_the_interpreter(dtype, interleaved):
+    pytest.importorskip("triton")
+    for case in [*CASES[:-1], (1, 3, 130, 2, 18, 9, None)]:
+        assert_ok(run_check(check(case, interleaved), "triton", "cpu", dtype))
+
+
 def test_agrees_with_the_textbook_form():
     q, k = torch.randn(2, 6, 4, 32), torch.randn(2, 6, 2, 32)
     angles = torch.outer(torch.arange(6.0), 10000.0 ** (-torch.arange(0, 32, 2) / 32))
@@ -70,10 +78,11 @@ def test_any_strides(isa, interleaved):
     angles = torch.randn(5, 24)
     cos, sin = angles.cos()[:, ::2], angles.sin()[:, :12]
     for a, b in ((q, k), (headed, k), (torch.randn(2, 5, 24, 4).transpose(2, 3), k)):
-        got = tpweave.rope(a, b, cos, sin, interleaved=interleaved)
         dense = [t.contiguous() for t in (a, b, cos, sin)]
-        for x, y in zip(got, tpweave.rope(*dense, interleaved=interleaved), strict=True):
-            assert torch.equal(x, y) and x.is_contiguous()
+        for backend in ("cpu", "triton") if isa == "portable" else ("cpu",):
+            got = tpweave.rope(a, b, cos, sin, interleaved=interleaved, backend=backend)
+            for x, y in zip(got, tpweave.rope(*dense, interleaved=interleaved, backend=backend), strict=True):
+                assert torch.equal(x, y) and x.is_contiguous()
 
 
 def test_gradient_of_one_output_only():

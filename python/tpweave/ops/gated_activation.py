@@ -50,6 +50,24 @@ def gated_activation_bwd_cpu(dy: Tensor, gate: Tensor, up: Tensor, kind: str) ->
     return dgate, dup
 
 
+def gated_activation_fwd_triton(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    from tpweave.kernels.ops.gated_activation import gated_activation_fwd
+
+    if gate.numel() == 0:
+        return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return gated_activation_fwd(_rows(gate), _rows(up), kind).view(gate.shape)
+
+
+def gated_activation_bwd_triton(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    from tpweave.kernels.ops.gated_activation import gated_activation_bwd
+
+    if gate.numel() == 0:
+        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+        return dgate, dup
+    dgate, dup = gated_activation_bwd(_rows(dy), _rows(gate), _rows(up), kind)
+    return dgate.view(gate.shape), dup.view(gate.shape)
+
+
 def gated_activation_bwd_reference(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
@@ -60,10 +78,12 @@ def gated_activation_bwd_reference(dy: Tensor, gate: Tensor, up: Tensor, kind: s
 
 GATED_ACTIVATION = Op("gated_activation", [
     Backend("cpu", gated_activation_fwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("triton", gated_activation_fwd_triton, Needs(device="cuda", dtypes=FLOATS, module="triton")),
     Backend("reference", gated_activation_reference, Needs()),
 ])  # fmt: skip
 GATED_ACTIVATION_BWD = Op("gated_activation_bwd", [
     Backend("cpu", gated_activation_bwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("triton", gated_activation_bwd_triton, Needs(device="cuda", dtypes=FLOATS, module="triton")),
     Backend("reference", gated_activation_bwd_reference, Needs()),
 ])  # fmt: skip
 

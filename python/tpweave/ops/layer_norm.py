@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import torch
 
-from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
 from tpweave.library import register_op
 from tpweave.native import _C, DTYPE_CODES, data_ptr, parameter_for
 from tpweave.reference.ops.layer_norm import layer_norm_reference
 
 Tensor = torch.Tensor
+
+# MAX_HIDDEN of kernels/ops/layer_norm.py.
+_TRITON_NEEDS = Needs(device="cuda", dtypes=FLOATS, module="triton", rules=(last_dim_up_to(32768),))
 
 
 def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -61,6 +64,24 @@ def layer_norm_bwd_cpu(
     return dx, None if weight is None else dw_db[0], dw_db[1] if has_bias else None
 
 
+def layer_norm_fwd_triton(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tpweave.kernels.ops.layer_norm import layer_norm_fwd
+
+    weight, bias, residual = (None if t is None else t.contiguous() for t in (weight, bias, residual))
+    return layer_norm_fwd(x.contiguous(), weight, bias, eps, residual)
+
+
+def layer_norm_bwd_triton(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, has_bias: bool, stats: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from tpweave.kernels.ops.layer_norm import layer_norm_bwd
+
+    dh, weight = (None if t is None else t.contiguous() for t in (dh, weight))
+    return layer_norm_bwd(dy.contiguous(), dh, h.contiguous(), weight, has_bias, stats)
+
+
 def layer_norm_fwd_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,10 +109,12 @@ def layer_norm_bwd_reference(
 
 LAYER_NORM = Op("layer_norm", [
     Backend("cpu", layer_norm_fwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("triton", layer_norm_fwd_triton, _TRITON_NEEDS),
     Backend("reference", layer_norm_fwd_reference, Needs()),
 ])  # fmt: skip
 LAYER_NORM_BWD = Op("layer_norm_bwd", [
     Backend("cpu", layer_norm_bwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("triton", layer_norm_bwd_triton, _TRITON_NEEDS),
     Backend("reference", layer_norm_bwd_reference, Needs()),
 ])  # fmt: skip
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import torch
 
-from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
 from tpweave.library import register_op
 from tpweave.native import _C, DTYPE_CODES, data_ptr, parameter_for
 from tpweave.reference.ops.rms_norm import rms_norm_reference
 
 Tensor = torch.Tensor
+
+# MAX_HIDDEN of kernels/ops/rms_norm.py.
+_TRITON_NEEDS = Needs(device="cuda", dtypes=FLOATS, module="triton", rules=(last_dim_up_to(32768),))
 
 
 def rms_norm_fwd_cpu(
@@ -51,6 +54,26 @@ def rms_norm_bwd_cpu(
     return dx, None if dw is None else dw.to(weight.dtype)
 
 
+def rms_norm_fwd_triton(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tpweave.kernels.ops.rms_norm import rms_norm_fwd
+
+    weight = None if weight is None else weight.contiguous()
+    return rms_norm_fwd(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
+
+
+def rms_norm_bwd_triton(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    from tpweave.kernels.ops.rms_norm import rms_norm_bwd
+
+    dh = None if dh is None else dh.contiguous()
+    w = None if weight is None else weight.contiguous()
+    dx, dw = rms_norm_bwd(dy.contiguous(), dh, h.contiguous(), w, rstd)
+    return dx, None if dw is None else dw.to(weight.dtype)
+
+
 def rms_norm_fwd_reference(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,10 +98,12 @@ def rms_norm_bwd_reference(
 
 RMS_NORM = Op("rms_norm", [
     Backend("cpu", rms_norm_fwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("triton", rms_norm_fwd_triton, _TRITON_NEEDS),
     Backend("reference", rms_norm_fwd_reference, Needs()),
 ])  # fmt: skip
 RMS_NORM_BWD = Op("rms_norm_bwd", [
     Backend("cpu", rms_norm_bwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
+    Backend("triton", rms_norm_bwd_triton, _TRITON_NEEDS),
     Backend("reference", rms_norm_bwd_reference, Needs()),
 ])  # fmt: skip
 

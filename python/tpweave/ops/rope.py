@@ -42,6 +42,18 @@ def rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, 
     return q_out, k_out
 
 
+def rope_triton(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    from tpweave.kernels.ops.rope import rope as launch
+
+    cos, sin = (t if t.dim() == 3 else t.unsqueeze(0) for t in (cos, sin))
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    q_out = launch(dense_last_dim(q), cos, sin, interleaved, inverse)
+    return q_out, launch(dense_last_dim(k), cos, sin, interleaved, inverse)
+
+
 def rope_with_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +67,7 @@ def _too_many_angles(inputs: Inputs) -> str | None:
 
 ROPE = Op("rope", [
     Backend("cpu", rope_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(_too_many_angles,))),
+    Backend("triton", rope_triton, Needs(device="cuda", dtypes=FLOATS, module="triton")),
     Backend("reference", rope_with_reference, Needs()),
 ])  # fmt: skip
 
