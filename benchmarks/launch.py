@@ -39,8 +39,9 @@ def rank_environment(threads: int) -> dict[str, str]:
 def start_ranks(
     ranks: int, module: str, args: Sequence[str], *, threads: int = 1, mpi: bool = False, **popen_options: object
 ) -> subprocess.Popen:
-    """`rank_command` as a running process."""
-    return subprocess.Popen(rank_command(ranks, module, args, mpi=mpi), env=rank_environment(threads), **popen_options)  # type: ignore[call-overload]
+    """`rank_command` as a running process, in a session of its own: Ctrl-C reaches the caller, who terminates it."""
+    command, environment = rank_command(ranks, module, args, mpi=mpi), rank_environment(threads)
+    return subprocess.Popen(command, env=environment, start_new_session=True, **popen_options)  # type: ignore[call-overload]
 
 
 def pin_rank(local_rank: int, local_ranks: int) -> None:

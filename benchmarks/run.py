@@ -255,9 +255,10 @@ def run_bench(
         need = "runs on 1 rank" if bench.world_size == 1 else "is a collective and needs at least 2 ranks"
         raise BenchRequestError(f"{stem} {need}, not {world_size}")
     selected_cases(bench, options)
-    rows = [row.name for row in load_ops()[stem].backends]
-    if options.backend is not None and options.backend not in rows:
-        raise BenchRequestError(f"{stem} has no backend '{options.backend}'; it has {', '.join(rows)}")
+    if options.backend is not None:
+        rows = [row.name for row in load_ops()[stem].backends]
+        if options.backend not in rows:
+            raise BenchRequestError(f"{stem} has no backend '{options.backend}'; it has {', '.join(rows)}")
     mpi_off = launch.mpi_objection() if bench.mpi_rivals else "no rival needs it"
     if world_size == 1:
         threads = torch.get_num_threads()

@@ -51,15 +51,15 @@ def styled(content: str, style: str) -> Any:
 
 
 class Progress:
-    """A progress bar on standard error that leaves no trace; nothing at all where that is no terminal, or unwanted."""
+    """A progress bar that leaves no trace; nothing at all where its stream is no terminal, or when `quiet`."""
 
-    def __init__(self, description: str, total: int, *, quiet: bool = False) -> None:
+    def __init__(self, description: str, total: int, *, quiet: bool = False, on_stdout: bool = False) -> None:
         self._bar = None
-        if not quiet and sys.stderr.isatty():
+        if not quiet and (sys.stdout if on_stdout else sys.stderr).isatty():
             rich = _rich("progress")
             columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
             self._bar = rich.Progress(
-                *columns, rich.TimeRemainingColumn(), console=console(stderr=True), transient=True
+                *columns, rich.TimeRemainingColumn(), console=console(stderr=not on_stdout), transient=True
             )
             self._task = self._bar.add_task(description, total=total)
 
