@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from tpweave import info
 from tpweave.benchmarks import launch
 from tpweave.benchmarks.registry import Bench, BenchRequestError, Case, find

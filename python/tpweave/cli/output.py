@@ -53,7 +53,7 @@ def styled(content: str, style: str) -> Any:
 class Progress:
     """A progress bar that leaves no trace; nothing at all where its stream is no terminal, or when `quiet`."""
 
-    def __init__(self, description: str, total: int, *, quiet: bool = False, on_stdout: bool = False) -> None:
+    def __init__(self, description: str, total: int | None, *, quiet: bool = False, on_stdout: bool = False) -> None:
         self._bar = None
         if not quiet and (sys.stdout if on_stdout else sys.stderr).isatty():
             rich = _rich("progress")
