@@ -1,9 +1,9 @@
 """attention beside torch's scaled_dot_product_attention, which gets its own layout [B, H, S, D]."""
 
 import torch
-import tpweave
 
-from benchmarks.registry import Bench, Case, dtype_named
+import tpweave
+from tpweave.benchmarks.registry import Bench, Case, dtype_named
 
 
 def make(batch, heads, kv_heads, sequence, head_dim, causal, dtype):

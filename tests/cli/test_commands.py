@@ -1,5 +1,6 @@
 """The sub-commands: what they print as JSON, their tables, and how they fail."""
 
+import dataclasses
 import importlib.metadata
 import json
 import subprocess
@@ -93,6 +94,9 @@ def test_explain_names_the_row_and_the_reasons(capsys):
         (("bench", "rms_norm", "--ranks", "2"), "1 rank"),
         (("bench", "--ranks", "2"), "need an OP"),
         (("nope",), "invalid choice"),
+        (("verify", "--op", "nope"), "rms_norm"),
+        (("demo", "--plot", "chart.gif"), ".png"),
+        (("demo", "--plot", "/no/such/folder/x.png"), "/no/such/folder"),
     ],
 )
 def test_mistakes_are_one_line_with_the_values_that_work(capsys, args, seen):
@@ -106,3 +110,42 @@ def test_interrupt_ends_cleanly(capsys, monkeypatch):
     monkeypatch.setattr("tpweave.info.collect", interrupted)
     assert main(["info"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "op", ["all_reduce", "matmul_all_reduce", "attention", "rope", "gated_activation", "layer_norm"]
+)
+def test_explain_has_an_example_of_its_own(capsys, op):
+    assert run_json(capsys, "explain", op)["chosen"] not in (None, "reference")
+
+
+def test_explain_a_collective_by_ranks_and_transport(capsys):
+    assert run_json(capsys, "explain", "all_reduce", "--ranks", "4", "--transport", "shm")["chosen"] == "shm"
+    assert run_json(capsys, "explain", "all_reduce", "--ranks", "4", "--transport", "pg")["chosen"] == "pg"
+    assert run_json(capsys, "explain", "all_reduce", "--ranks", "1")["chosen"] == "local"
+
+
+def test_verify_passes_and_summarises(capsys):
+    found = run_json(capsys, "verify", "--quick", "--op", "rms_norm", "--op", "rope")
+    assert found["passed"]
+    assert {(entry["op"], entry["backend"]): entry["status"] for entry in found["summary"]}["rms_norm", "cpu"] == "ok"
+    assert main(["verify", "--quick", "--op", "rms_norm"]) == 0
+    assert "checks passed" in capsys.readouterr().out
+
+
+def test_verify_fails_on_a_wrong_kernel(capsys, monkeypatch):
+    from tpweave.ops import rms_norm
+
+    right = rms_norm.RMS_NORM.backends[0].run
+
+    def wrong(*args):
+        y, *rest = right(*args)
+        return y * 1.01, *rest
+
+    rows = tuple(
+        dataclasses.replace(row, run=wrong) if row.name == "cpu" else row for row in rms_norm.RMS_NORM.backends
+    )
+    monkeypatch.setattr(rms_norm.RMS_NORM, "backends", rows)
+    found = run_json(capsys, "verify", "--quick", "--op", "rms_norm", code=1)
+    assert not found["passed"]
+    assert {entry["backend"]: entry["status"] for entry in found["summary"]}["cpu"] == "wrong"

@@ -26,6 +26,7 @@ class AssumedGroup:
 
     size: int
     transport: str
+    backend: str
     rank: int = 0
 
 
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     best = "pg" if args.device != "cpu" or shm_objection() else "shm"
     transport = args.transport or ("none" if args.ranks == 1 else best)
-    group = AssumedGroup(args.ranks, transport)
+    group = AssumedGroup(args.ranks, transport, "gloo" if args.device == "cpu" else "nccl")
     tensors = _example_tensors(args.op, args.shape, args.dtype, args.device)
     try:
         found = explain(args.op, *tensors, group=group, **dict(args.value))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from tpweave import env
 from tpweave.dispatch import Inputs
@@ -58,7 +57,7 @@ def pg_objection(inputs: Inputs) -> str | None:
     group: Any = inputs.group
     if group is None or group.size == 1:
         return "needs a group of several ranks"
-    if dist.get_backend(group.process_group) == "gloo" and any(not tensor.is_cpu for tensor in inputs.tensors):
+    if group.backend == "gloo" and any(not tensor.is_cpu for tensor in inputs.tensors):
         return "gloo carries cpu tensors only"
     return None
 

@@ -90,6 +90,11 @@ class TPGroup:
             self.shm.set_timeout(self._timeout)
 
     @property
+    def backend(self) -> str | None:
+        """torch.distributed's name of what carries the process group, e.g. "gloo"; None for a lone process."""
+        return None if self.process_group is None else dist.get_backend(self.process_group)
+
+    @property
     def workspace_bytes(self) -> int:
         """Bytes of shared memory that the group's transport holds, for all ranks together."""
         return 0 if self.shm is None else self.shm.workspace_bytes
