@@ -22,22 +22,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).parent.resolve()
 BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-pthread"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
-AVX512_FLAGS = [
-    *AVX2_FLAGS,
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-mprefer-vector-width=512",
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]  # gcc 12 warns of its own avx512fintrin.h
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AVX512_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns of its own avx512fintrin.h
 ISA_FLAGS = {
     "portable": [],
     "avx2": AVX2_FLAGS,
     "avx512": AVX512_FLAGS,
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
+# gcc remarks that 64-byte vectors are passed in memory without AVX-512. The lanes' loops take long to compile at -O3.
+EMULATION_FLAGS = ["-DTPWEAVE_EMULATED_AVX512", f"-I{ROOT / 'tests/emulation'}", "-Wno-psabi", "-O1"]
 
 
 def version() -> str:
@@ -59,29 +53,31 @@ class BuildExt(build_ext):
         import pybind11
 
         cxx = shlex.split(compiler())
-        emulate = os.environ.get("TPWEAVE_EMULATE_AVX512") == "1"
-        # Not build_temp, which is a new directory in each editable install: everything would be compiled again.
-        objects_dir = ROOT / "build" / ("objects-emulated" if emulate else "objects")
         python_include = sysconfig.get_paths()["include"]
         if not os.path.exists(f"{python_include}/Python.h"):
             sys.exit(f"tpweave: Python.h is missing in {python_include}; install it, e.g. the package python3-dev.")
         includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{python_include}"]
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        if emulate:
-            extra += ["-DTPWEAVE_EMULATED_AVX512", f"-I{ROOT / 'tests/emulation'}"]
+        extra = [*includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        emulate = os.environ.get("TPWEAVE_EMULATE_AVX512") == "1"
+        # Not build_temp, which is a new directory in each editable install: everything would be compiled again.
+        objects = ROOT / "build" / "objects"
         jobs = []
         for source in sorted((ROOT / "csrc").rglob("*.cpp")):
             stem = source.relative_to(ROOT / "csrc").with_suffix("")
             if not source.name.endswith("_kernel.cpp"):
-                jobs.append((source, objects_dir / f"{stem}.o", [*BASE_FLAGS, *includes, *extra]))
+                if emulate and "TPWEAVE_EMULATED_AVX512" in source.read_text():
+                    target = ROOT / "build" / "objects-emulated" / f"{stem}.o"
+                    jobs.append((source, target, [*BASE_FLAGS, *extra, *EMULATION_FLAGS]))
+                else:
+                    jobs.append((source, objects / f"{stem}.o", [*BASE_FLAGS, *extra]))
                 continue
             for level, (isa, flags) in enumerate(self.isas().items()):
-                if emulate and level > 1:
-                    flags = [*AVX2_FLAGS, "-Wno-psabi"]  # 64-byte vectors are passed in memory there
                 defines = [f"-DTPWEAVE_ISA_NAMESPACE={isa}", f"-DTPWEAVE_ISA_LEVEL={level}"]
-                jobs.append(
-                    (source, objects_dir / f"{stem}.{isa}.o", [*BASE_FLAGS, *flags, *defines, *includes, *extra])
-                )
+                if emulate and level > 1:
+                    target = ROOT / "build" / "objects-emulated" / f"{stem}.{isa}.o"
+                    jobs.append((source, target, [*BASE_FLAGS, *AVX2_FLAGS, *defines, *extra, *EMULATION_FLAGS]))
+                else:
+                    jobs.append((source, objects / f"{stem}.{isa}.o", [*BASE_FLAGS, *flags, *defines, *extra]))
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for done in [pool.submit(self.compile_one, cxx, *job) for job in jobs]:
