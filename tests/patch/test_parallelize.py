@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_families import build
+from test_families import build, check_gradients
 from torch import nn
 
 import tpweave
@@ -89,6 +89,8 @@ def test_unknown_models():
 
     with pytest.raises(UnsupportedModelError, match=r"Sequential, without a Transformers config.*bert, llama, mistral"):
         tpweave.parallelize(nn.Sequential(nn.Linear(2, 2)))
+    with torch.device("meta"), pytest.raises(UnsupportedModelError, match=r"embed_tokens\.weight' is on the meta"):
+        tpweave.parallelize(build("llama"))
     gpt2 = hf.GPT2Model(hf.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
     with pytest.raises(UnsupportedModelError, match="GPT2Model, of model type 'gpt2'; known model types: bert, llama"):
         tpweave.parallelize(gpt2)
@@ -179,7 +181,38 @@ def check_norms_are_shared(rank, size):
     assert isinstance(model.bert.embeddings.LayerNorm, LayerNorm) and model.bert.embeddings.LayerNorm.weight is weight
 
 
+def check_other_heads(rank, size):
+    """A BERT decoder with cross-attention, and a Llama with a task head: what is not in the tables stays and works."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    common = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1, "pad_token_id": 0}
+    bert = hf.BertConfig(
+        **common, num_attention_heads=4, is_decoder=True, add_cross_attention=True, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    llama = hf.LlamaConfig(**common, num_attention_heads=4, num_key_value_heads=2, num_labels=3)
+    ids, encoded = torch.arange(1, 13).view(2, 6), torch.randn(2, 5, 24)
+    seen = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    for stock, inputs in (
+        (hf.BertLMHeadModel(bert), {"encoder_hidden_states": encoded, "encoder_attention_mask": seen}),
+        (hf.LlamaForSequenceClassification(llama), {}),
+    ):
+        model = copy.deepcopy(stock)
+        report = tpweave.parallelize(model, strict=True)
+        assert report.count("adjusted") == (2 if inputs else 1)
+        wanted, got = stock(ids, **inputs).logits, model(ids, **inputs).logits
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        wanted.square().sum().backward()
+        got.square().sum().backward()
+        check_gradients(model, stock, type(stock).__name__)
+        if inputs:
+            tokens = [m.generate(ids, **inputs, max_new_tokens=5, do_sample=False) for m in (stock, model)]
+            assert torch.equal(*tokens)
+
+
 def check_all(rank, size):
+    check_other_heads(rank, size)
     check_disagreements(rank, size)
     check_stock_attention(rank, size)
     check_dropout(rank, size)

@@ -36,7 +36,7 @@ def shard_projections(
 
 
 def attend_local_heads(
-    heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, *, function: Callable[..., Tensor] = attention, **options: Any
+    heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, *, function: Callable[..., Any] = attention, **options: Any
 ) -> Tensor:
     """Attention over this rank's heads, however its query heads map to its KV heads.
 
@@ -133,7 +133,7 @@ class ParallelAttention(nn.Module):
         x = copy_to_ranks(x, self.group)
         shape = (*x.shape[:2], -1, self.split.head_dim)
         q, k, v = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if cos is not None:
+        if cos is not None and sin is not None:
             q, k = rope(q, k, cos, sin)
         y = attend_local_heads(self.heads, q, k, v, causal=self.causal, mask=mask)
         return self.o_proj(y.flatten(2))

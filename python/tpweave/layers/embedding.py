@@ -45,6 +45,8 @@ class VocabParallelEmbedding(ShardedModule):
         >>> embed = tpweave.layers.VocabParallelEmbedding.from_embedding(model.embed_tokens, group)
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, group: Any = None,
         splits: Sequence[int] | Shard | None = None, device: Any = None, dtype: torch.dtype | None = None,

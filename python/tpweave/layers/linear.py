@@ -58,6 +58,9 @@ class ColumnParallelLinear(ShardedModule):
         >>> y = down(F.gelu(up(x)))
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, group: Any = None,
         splits: Sequence[int] | Shard | None = None, gather_output: bool = False, copy_input: bool = True,
@@ -132,6 +135,9 @@ class RowParallelLinear(ShardedModule):
     Example:
         >>> down = tpweave.layers.RowParallelLinear.from_linear(mlp.down_proj, group, splits=up.shard.sizes)
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, group: Any = None,

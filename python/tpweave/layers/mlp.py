@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import nn
 from tpweave.comm.regions import copy_to_ranks
 from tpweave.distributed.group import resolve_group
 from tpweave.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpweave.layers.sharding import Shard
 from tpweave.ops.gated_activation import gated_activation
 
 Tensor = torch.Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
@@ -70,7 +71,7 @@ class ParallelMLP(nn.Module):
     @classmethod
     def from_linears(
         cls, gate: nn.Linear | None, up: nn.Linear, down: nn.Linear, *, activation: str, group: Any = None,
-        splits: Sequence[int] | None = None,
+        splits: Sequence[int] | Shard | None = None,
     ) -> ParallelMLP:  # fmt: skip
         """This rank's part of an MLP's linear layers, which are left as they are. Arguments as of the class."""
         mlp = cls.__new__(cls)
@@ -80,11 +81,12 @@ class ParallelMLP(nn.Module):
 
     def _fill(
         self, gate: nn.Linear | None, up: nn.Linear, down: nn.Linear, activation: str, group: Any,
-        splits: Sequence[int] | None,
+        splits: Sequence[int] | Shard | None,
     ) -> None:  # fmt: skip
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is '{activation}'; there are {', '.join(ACTIVATIONS)}")
         self.activation, self.group = activation, group
+        self.gate_proj: ColumnParallelLinear | None = None
         if gate is not None:
             self.gate_proj = ColumnParallelLinear.from_linear(gate, group, splits, copy_input=False)
         self.up_proj = ColumnParallelLinear.from_linear(up, group, splits, copy_input=False)
@@ -92,7 +94,7 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = copy_to_ranks(x, self.group)
-        if "gate_proj" in self._modules:
+        if self.gate_proj is not None:
             return self.down_proj(gated_activation(self.gate_proj(x), self.up_proj(x), self.activation))
         return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
 

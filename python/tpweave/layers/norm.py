@@ -55,10 +55,11 @@ class RMSNorm(nn.Module):
         return norm
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.sum_gradients_over is not None:
             weight = copy_to_ranks(weight, self.sum_gradients_over)
-        return rms_norm(x, weight, self.eps)
+        y: Any = rms_norm(x, weight, self.eps)
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -105,7 +106,8 @@ class LayerNorm(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        y: Any = layer_norm(x, self.weight, self.bias, self.eps)
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -164,7 +164,7 @@ class ShardedModule(nn.Module):
         module.group, module.shards = group, {}
         return module
 
-    def _adopt(self, name: str, full: Tensor | None, dim: int | None = None, shard: Shard | None = None) -> None:
+    def _adopt(self, name: str, full: Tensor | None, dim: int = 0, shard: Shard | None = None) -> None:
         """Register this rank's part of `full` along `dim` as parameter `name`; the whole of it without a shard."""
         if full is None:
             self.register_parameter(name, None)
@@ -174,7 +174,7 @@ class ShardedModule(nn.Module):
             self.shards[name] = (dim, shard)
         self.register_parameter(name, nn.Parameter(part, requires_grad=full.requires_grad))
 
-    def _with_whole_gradient(self, name: str) -> Tensor | None:
+    def _with_whole_gradient(self, name: str) -> Any:
         """Parameter `name`, such that its gradient is summed over the ranks that hold replicas of its rows."""
         parameter = getattr(self, name)
         if parameter is None or name not in self.shards or not self.shards[name][1].has_replicas:

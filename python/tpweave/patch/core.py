@@ -75,13 +75,13 @@ def parallelize(
         >>> hidden = model(**tokens).last_hidden_state
     """
     found = resolve_group(group)
-    plan, family, problem = None, None, None
     try:
         family = _family_of(model)
         plan = _checked_plan(model, family, found, attention, shares, strict)
     except ValueError as error:
-        problem = error
-    _agree(model, found, problem)
+        _agree(model, found, error)
+        raise
+    _agree(model, found, None)
     entries = _entries(model, family, plan)
     _commit(model, plan, attention)
     return SwapReport(family.name, found.rank, found.size, entries)
@@ -145,6 +145,9 @@ def _family_of(model: nn.Module) -> Family:
         seen = f"{type(model).__module__}.{type(model).__name__}"
         what = f"of model type '{kind}'" if kind else "without a Transformers config"
         raise UnsupportedModelError(f"no table for {seen}, {what}; known model types: {', '.join(FAMILIES)}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"parameter '{name}' is on the meta device: load the weights first")
     return FAMILIES[kind]
 
 
@@ -163,11 +166,11 @@ def _checked_plan(
 
 
 def _agree(model: nn.Module, group: TPGroup, problem: ValueError | None) -> None:
-    """Raise on all ranks when one has a problem, or when they hold different models."""
+    """Raise on the other ranks when one has a problem, and on all when they hold different models."""
     digests = {} if problem is not None else {name: _digest(p) for name, p in model.named_parameters()}
     answers = group.all_gather_object((None if problem is None else f"{type(problem).__name__}: {problem}", digests))
     if problem is not None:
-        raise problem
+        return
     for rank, (text, _) in enumerate(answers):
         if text is not None:
             raise UnsupportedModelError(f"rank {rank} cannot parallelize its model: {text}")

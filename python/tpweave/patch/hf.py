@@ -103,7 +103,8 @@ def attention_mask(
                 return None
             visible = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
         return visible.to(torch.uint8)[:, None, None, :]
-    return sdpa_mask(
+    whole: Any = sdpa_mask
+    return whole(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function or causal_mask_function, attention_mask=attention_mask, local_size=local_size,
         allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device, **kwargs,

@@ -6,6 +6,7 @@ linear layer divides, its partner must expect divided.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,11 +109,10 @@ def _check_plain(module: nn.Module | None, wanted: type[nn.Module], name: str) -
     return module
 
 
-def _child(module: nn.Module, path: str) -> nn.Module | None:
+def _child(module: nn.Module, path: str) -> Any:
+    """The module at `path` below `module`, or None."""
     for name in path.split(".") if path else ():
-        module = getattr(module, name, None)
-        if module is None:
-            return None
+        module = getattr(module, name, None)  # type: ignore[assignment]
     return module
 
 
@@ -142,17 +142,17 @@ class Planner:
             UnsupportedModelError: tied parameters that cannot be divided alike, or heads that cannot be expressed.
         """
         for spec in self.family.attention:
-            self._each(spec.module, lambda path, block, spec=spec: self._attention(spec, path, block))
+            self._each(spec.module, functools.partial(self._attention, spec))
         for gated in self.family.gated_mlps:
-            self._each(gated.module, lambda path, block, spec=gated: self._gated_mlp(spec, path, block))
+            self._each(gated.module, functools.partial(self._gated_mlp, gated))
         for mlp in self.family.mlps:
-            self._each(mlp.module, lambda path, block, spec=mlp: self._mlp(spec, path, block))
+            self._each(mlp.module, functools.partial(self._mlp, mlp))
         for owner, child in self.family.embeddings:
             self._each(owner, self._embedding, child)
         for owner, child in self.family.heads:
             self._each(owner, self._vocab_head, child)
         for name, eps in self.family.rms_norms.items():
-            self._each(name, lambda path, norm, eps=eps: self._rms_norm(path, norm, eps))
+            self._each(name, functools.partial(self._rms_norm, eps))
         if self.family.layer_norms:
             self._each("LayerNorm", self._layer_norm)
         self._tie()
@@ -241,7 +241,7 @@ class Planner:
             return
         mlp = ParallelMLP.from_linears(gate, up, down, activation=activation, group=self.group, splits=shard)
         start, stop = shard.ranges[self.group.rank]
-        parts = [(gate, mlp.gate_proj), (up, mlp.up_proj), (down, mlp.down_proj)]
+        parts: list[Any] = [(gate, mlp.gate_proj), (up, mlp.up_proj), (down, mlp.down_proj)]
         self.plan.swaps.append(Swap(path, block, mlp, parts, f"columns {start}:{stop} of {shard.length}"))
 
     def _mlp(self, spec: MLPSpec, path: str, block: nn.Module) -> None:
@@ -271,7 +271,7 @@ class Planner:
         layer = ColumnParallelLinear.from_linear(head, self.group, shard, gather_output=True)
         self._column(path, head, layer, unit="tokens")
 
-    def _rms_norm(self, path: str, norm: nn.Module, eps: str) -> None:
+    def _rms_norm(self, eps: str, path: str, norm: Any) -> None:
         group = self.group if path in self.head_norms else None
         note = "shares the weight" if group is None else "this rank's heads; the weight's gradient is summed over ranks"
         layer = RMSNorm.from_weight(norm.weight, getattr(norm, eps), sum_gradients_over=group)
