@@ -206,9 +206,6 @@ def check_other_heads(rank, size):
         wanted.square().sum().backward()
         got.square().sum().backward()
         check_gradients(model, stock, type(stock).__name__)
-        if inputs:
-            tokens = [m.generate(ids, **inputs, max_new_tokens=5, do_sample=False) for m in (stock, model)]
-            assert torch.equal(*tokens)
 
 
 def check_all(rank, size):
