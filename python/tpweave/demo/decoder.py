@@ -26,13 +26,14 @@ class Recipe:
 
     Attributes:
         seconds: of training the stock model; the parallel one then does as many steps.
-        steps: at most so many.
+        least_steps, steps: at least and at most so many, however long they take.
         batch, sequence: shape of a batch, in bytes.
         learning_rate: of AdamW, after `warmup` steps.
         new_tokens: bytes to generate per prompt.
     """
 
     seconds: float = 28.0
+    least_steps: int = 20
     steps: int = 400
     batch: int = 8
     sequence: int = 96
@@ -41,7 +42,7 @@ class Recipe:
     new_tokens: int = 80
 
 
-SHORT = Recipe(seconds=5.0, steps=12, new_tokens=24)
+SHORT = Recipe(least_steps=12, steps=12, new_tokens=24)
 
 
 def build_model() -> torch.nn.Module:
@@ -64,9 +65,9 @@ def standard_library_bytes() -> torch.Tensor:
 
 
 def train(
-    model: torch.nn.Module, recipe: Recipe, source: torch.Tensor, steps: int, on_step: Callable[[float], bool]
+    model: torch.nn.Module, recipe: Recipe, source: torch.Tensor, steps: int, on_step: Callable[[int, float], bool]
 ) -> list[float]:
-    """Loss of each step. Stops early when `on_step(loss)` says so."""
+    """Loss of each step. Stops early when `on_step(steps so far, loss)` says so."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     picks = torch.Generator().manual_seed(1)
     losses: list[float] = []
@@ -80,7 +81,7 @@ def train(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if on_step(losses[-1]):
+        if on_step(len(losses), losses[-1]):
             break
     return losses
 
@@ -113,9 +114,9 @@ def run(report: Report, recipe: Recipe) -> None:
         start = time.perf_counter()
         with report.progress("stock model, one process", recipe.steps) as bar:
 
-            def enough(loss: float) -> bool:
+            def enough(step: int, loss: float) -> bool:
                 bar.advance(f"stock model, one process: loss {loss:.3f}")
-                return time.perf_counter() - start > recipe.seconds
+                return step >= recipe.least_steps and time.perf_counter() - start > recipe.seconds
 
             expected = train(stock, recipe, source, recipe.steps, enough)
         stock_seconds = time.perf_counter() - start
@@ -129,7 +130,7 @@ def run(report: Report, recipe: Recipe) -> None:
     start = time.perf_counter()
     with report.progress("tpweave, two ranks", len(expected)) as bar:
 
-        def advance(loss: float) -> bool:
+        def advance(step: int, loss: float) -> bool:
             bar.advance(f"tpweave, two ranks: loss {loss:.3f}")
             return False
 
