@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpweave.comm.call import SUM_CODES, check_tensor, direct, local_objection, native_sum_objection, pg_objection
-from tpweave.dispatch import Backend, Inputs, Needs, Op
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.distributed.exchange import agree, describe, exchange_all, exchange_pieces
 from tpweave.distributed.group import TPGroup, resolve_group
+from tpweave.distributed.peer_memory import peer_memory, peer_memory_objection
 from tpweave.distributed.splits import even_splits
 from tpweave.library import register_op
 from tpweave.reference.comm.all_reduce import all_reduce_reference, sum_in_rank_order
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from tpweave.distributed.group import GroupLike
 
 Tensor = torch.Tensor
+
+
+def float_objection(inputs: Inputs) -> str | None:
+    """A rule of the Triton row, which adds in fp32."""
+    return None if all(tensor.is_floating_point() for tensor in inputs.tensors) else "adds floating-point numbers only"
 
 
 def all_reduce_local(x: Tensor, group: TPGroup) -> Tensor:
@@ -55,9 +61,21 @@ def all_reduce_pg(x: Tensor, group: TPGroup) -> Tensor:
     return torch.cat(exchange_all(sum_in_rank_order(pieces), group, numels)).view(x.shape)
 
 
+def all_reduce_triton(x: Tensor, group: TPGroup) -> Tensor:
+    from tpweave.kernels.comm.all_reduce import all_reduce_fwd
+
+    x = x.contiguous()
+    # On a GPU the header would cost a synchronisation with the host.
+    if x.is_cpu:
+        agree(group, x.device, describe("all_reduce", x.dtype, x.shape))
+    return all_reduce_fwd(x, peer_memory(group, x.device, x.nbytes))
+
+
 ALL_REDUCE = Op("all_reduce", [
     Backend("local", all_reduce_local, Needs(rules=(local_objection,))),
     Backend("shm", all_reduce_shm, Needs(device="cpu", transport="shm", rules=(native_sum_objection,))),
+    Backend("triton", all_reduce_triton, Needs(
+        device="cuda", dtypes=FLOATS, module="triton", rules=(float_objection, peer_memory_objection))),
     Backend("pg", all_reduce_pg, Needs(rules=(pg_objection,))),
     Backend("reference", all_reduce_reference, Needs()),
 ])  # fmt: skip
