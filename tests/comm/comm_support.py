@@ -7,6 +7,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+
 import tpweave
 from tpweave.dispatch import OPS, Inputs
 from tpweave.distributed.exchange import flat_bytes

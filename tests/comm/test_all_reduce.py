@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import tpweave
 from comm_support import ALL_WORLDS, FLOATS, NUMBERS, assert_check, cases, numbers, same_bits_on_all_ranks
+
+import tpweave
 from tpweave.comm.all_reduce import ALL_REDUCE
 from tpweave.errors import CollectiveMismatchError
 from tpweave.testing import assert_accurate

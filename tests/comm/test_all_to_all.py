@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import tpweave
 from comm_support import ALL_WORLDS, NUMBERS, assert_check, cases, numbers
+
+import tpweave
 from tpweave.comm.all_to_all import ALL_TO_ALL
 from tpweave.errors import CollectiveMismatchError
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-import tpweave
 from comm_support import ALL_WORLDS, FLOATS, NUMBERS, assert_check, cases, numbers
+
+import tpweave
 from tpweave.comm.reduce_scatter import REDUCE_SCATTER
 from tpweave.errors import CollectiveMismatchError
 from tpweave.testing import assert_accurate

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comm_support import assert_check, numbers
+
 from tpweave.comm.regions import copy_to_ranks, gather_from_ranks, reduce_from_ranks, scatter_to_ranks
 from tpweave.distributed.splits import even_splits
 

@@ -44,7 +44,7 @@ def all_reduce_local(x: Tensor, group: TPGroup) -> Tensor:
 def all_reduce_shm(x: Tensor, group: TPGroup) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    group.shm.all_reduce(x.data_ptr(), out.data_ptr(), x.numel(), SUM_CODES[x.dtype])
+    group.shm.all_reduce(x.data_ptr(), out.data_ptr(), x.numel(), SUM_CODES[x.dtype], x.shape)
     return out
 
 
@@ -139,7 +139,7 @@ def all_reduce(x: Tensor, group: GroupLike = None, *, backend: str | None = None
     code = SUM_CODES.get(x.dtype)
     if code is not None and (found := direct("all_reduce", x, group, backend)) is not None:
         out = torch.empty_like(x)
-        found.shm.all_reduce(x.data_ptr(), out.data_ptr(), x.numel(), code)
+        found.shm.all_reduce(x.data_ptr(), out.data_ptr(), x.numel(), code, x.shape)
         return out
     _check("all_reduce", x)
     return _all_reduce_op(x, resolve_group(group).name, backend)
@@ -157,7 +157,7 @@ def all_reduce_(x: Tensor, group: GroupLike = None, *, backend: str | None = Non
     code = SUM_CODES.get(x.dtype)
     if code is not None and (found := direct("all_reduce", x, group, backend)) is not None:
         torch.autograd.graph.increment_version(x)
-        found.shm.all_reduce(x.data_ptr(), x.data_ptr(), x.numel(), code)
+        found.shm.all_reduce(x.data_ptr(), x.data_ptr(), x.numel(), code, x.shape)
         return x
     _check("all_reduce_", x)
     if x.requires_grad and torch.is_grad_enabled():

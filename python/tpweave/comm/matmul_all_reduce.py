@@ -38,14 +38,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def _small_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def small_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a @ b + bias in fp32, [M, N], by the kernel that reads b once."""
     a = a if a.stride(1) == 1 else a.contiguous()
-    b = b if 1 in b.stride() else b.contiguous()
+    b, stride_k, stride_n = (b, *b.stride()) if 1 in b.stride() else (b.contiguous(), b.shape[1], 1)
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
     _C.small_matmul(
-        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), b.stride(1), 0 if bias is None else bias.data_ptr(),
+        a.data_ptr(), a.stride(0), b.data_ptr(), stride_k, stride_n, 0 if bias is None else bias.data_ptr(),
         out.data_ptr(), a.shape[0], b.shape[1], b.shape[0], DTYPE_CODES[a.dtype],
     )  # fmt: skip
     return out
@@ -56,10 +56,10 @@ def matmul_all_reduce_shm(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGr
     # Rank 0's partial product brings the bias, so that it is added once and before the rounding.
     bias = bias if group.rank == 0 else None
     if a.dtype in FLOATS and rows.shape[0] <= SMALL_ROWS:
-        out = _small_matmul(rows, b, bias)
+        out = small_matmul(rows, b, bias)
     else:
         out = rows @ b if bias is None else torch.addmm(bias, rows, b)
-    group.shm.all_reduce(out.data_ptr(), out.data_ptr(), out.numel(), SUM_CODES[out.dtype])
+    group.shm.all_reduce(out.data_ptr(), out.data_ptr(), out.numel(), SUM_CODES[out.dtype], out.shape)
     return out.to(a.dtype).view(*a.shape[:-1], b.shape[1])
 
 

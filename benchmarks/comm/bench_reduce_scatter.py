@@ -1,0 +1,40 @@
+"""reduce_scatter along the first and along the last dimension, beside gloo with the copies that it needs."""
+
+import torch
+import torch.distributed as dist
+
+import tpweave
+from benchmarks.registry import Bench, Case
+
+
+def make(rows, columns, dim):
+    return torch.ones(rows, columns) * (dist.get_rank() + 1), dim
+
+
+def gloo(inputs):
+    x, dim = inputs
+    parts = [part.contiguous() for part in x.chunk(dist.get_world_size(), dim)]
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter(out, parts)
+    return out
+
+
+def check(inputs, y):
+    size = dist.get_world_size()
+    torch.testing.assert_close(y, torch.full_like(y, size * (size + 1) / 2), rtol=0, atol=0)
+
+
+BENCH = Bench(
+    stem="reduce_scatter",
+    cases=tuple(
+        Case(f"fp32 {rows}x{columns} dim {dim}", {"rows": rows, "columns": columns, "dim": dim})
+        for rows, columns in ((64, 64), (512, 2048))
+        for dim in (0, 1)
+    ),
+    make=make,
+    ours=lambda inputs: tpweave.reduce_scatter(*inputs),
+    rivals={"gloo": gloo},
+    check=check,
+    bytes=lambda inputs: inputs[0].nbytes * (1 + 1 / dist.get_world_size()),
+    world_size=2,
+)
