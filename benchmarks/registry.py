@@ -34,6 +34,7 @@ class Bench:
     Attributes:
         stem: the op's stem.
         cases: what is measured.
+        gpu_cases: what is measured on a GPU; `cases` when empty.
         make: `make(**case.values)` -> inputs, the same on all ranks but for the data.
         ours: inputs -> result; rivals: name -> the same for an alternative (the first is the headline ratio's).
         check: inputs, our result -> None, raises when wrong; runs before any timing, on every rank.
@@ -54,6 +55,7 @@ class Bench:
     bytes: Callable[[Any], float] | None = None
     world_size: int = 1
     mpi_rivals: tuple[str, ...] = ()
+    gpu_cases: tuple[Case, ...] = ()
 
 
 class BenchRequestError(ValueError):

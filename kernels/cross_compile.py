@@ -4,8 +4,8 @@
         CompileSpec(_scale_kernel, {"x_ptr": "*bf16", "count": "i32"}, {"BLOCK": 1024}, num_warps=4),
     ]
 
-`python -m tpweave.kernels.cross_compile` compiles every spec of every kernel module for every target and prints one line
-of JSON each. It needs TRITON_INTERPRET unset: interpreted kernels cannot be compiled.
+`python -m tpweave.kernels.cross_compile` compiles every spec of every kernel module for every target and prints one
+line of JSON each. It needs TRITON_INTERPRET unset: interpreted kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def compile_all(targets: list[str]) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel for GPUs that need not be here.")
-    parser.add_argument("targets", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is given")
+    parser.add_argument(
+        "targets", nargs="*", default=list(TARGETS), help=f"of {', '.join(TARGETS)}; all when none is given"
+    )
     for row in compile_all(parser.parse_args().targets):
         print(json.dumps(row), flush=True)
 

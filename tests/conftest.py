@@ -7,8 +7,8 @@ import torch
 
 from tpweave.native import _C
 
-# Read when a kernel is decorated, so before any is imported. The tables keep "cpu" above "triton": CPU tensors go to the
-# interpreter only where a test names it.
+# Read when a kernel is decorated, so before any is imported. The tables keep "cpu" above "triton": CPU tensors go to
+# the interpreter only where a test names it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

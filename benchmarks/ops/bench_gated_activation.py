@@ -27,6 +27,11 @@ BENCH = Bench(
         for dtype in ("fp32", "bf16")
         for rows, width in ((1, 8192), (2048, 2048))
     ),
+    gpu_cases=tuple(
+        Case(f"{kind} bf16 {rows}x{width}", {"rows": rows, "width": width, "kind": kind, "dtype": "bf16"})
+        for kind in ("silu", "gelu", "gelu_tanh")
+        for rows, width in ((64, 14336), (4096, 14336))
+    ),
     make=make,
     ours=lambda inputs: tpweave.gated_activation(*inputs),
     rivals={"torch": lambda inputs: RIVALS[inputs[2]](inputs[0]) * inputs[1]},

@@ -44,6 +44,15 @@ BENCH = Bench(
         for rows, hidden in ((1, 4096), (64, 4096), (2048, 2048))
         for residual in (False, True)
     ),
+    gpu_cases=tuple(
+        Case(
+            f"{dtype} {rows}x{hidden}{' + residual' if residual else ''}",
+            {"rows": rows, "hidden": hidden, "dtype": dtype, "residual": residual},
+        )
+        for dtype in ("fp32", "bf16")
+        for rows, hidden in ((64, 4096), (8192, 4096))
+        for residual in (False, True)
+    ),
     make=make,
     ours=ours,
     rivals={"torch": torch_layer_norm},

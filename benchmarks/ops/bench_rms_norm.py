@@ -24,6 +24,11 @@ BENCH = Bench(
         for dtype in ("fp32", "bf16")
         for rows, hidden in ((1, 4096), (64, 4096), (2048, 2048))
     ),
+    gpu_cases=tuple(
+        Case(f"{dtype} {rows}x{hidden}", {"rows": rows, "hidden": hidden, "dtype": dtype})
+        for dtype in ("fp32", "bf16")
+        for rows, hidden in ((64, 4096), (8192, 4096), (4096, 16384))
+    ),
     make=make,
     ours=lambda inputs: tpweave.rms_norm(inputs[0], inputs[1], 1e-6),
     rivals={"torch": lambda inputs: torch.nn.functional.rms_norm(inputs[0], inputs[1].shape, inputs[1], 1e-6)},

@@ -31,6 +31,9 @@ BENCH = Bench(
         for dtype in ("fp32", "bf16")
         for sequence in (1, 64, 2048)
     ),
+    gpu_cases=tuple(
+        Case(f"bf16 {sequence} tokens", {"sequence": sequence, "dtype": "bf16"}) for sequence in (64, 2048, 16384)
+    ),
     make=make,
     ours=lambda inputs: tpweave.rope(*inputs),
     rivals={"torch": rotate_half},

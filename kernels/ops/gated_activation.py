@@ -1,6 +1,7 @@
 """Gated activation: y = act(gate) * up; dgate = dy * up * act'(gate), dup = dy * act(gate).
 
-gate, up [N, F], each with its own row stride. Reference: tpweave/reference/ops/gated_activation.py. One pass, fp32 inside.
+gate, up [N, F], each with its own row stride; one pass, fp32 inside. Reference:
+tpweave/reference/ops/gated_activation.py.
 """
 
 import torch
@@ -25,8 +26,8 @@ def _activate(x, KIND: tl.constexpr):
         act = x * cdf
         slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif KIND == "gelu_tanh":
-        # x * sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3). Beyond 20 the slope is exactly 0 or 1, and x^2 must
-        # not overflow against a vanished factor.
+        # x * sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3). Beyond 20 the slope is exactly 0 or 1, and x^2
+        # must not overflow against a vanished factor.
         c = tl.minimum(tl.maximum(x, -20.0), 20.0)
         s = tl.sigmoid(c * (1.5957691216057308 + 0.07135481282553145 * c * c))
         act = x * s

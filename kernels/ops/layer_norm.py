@@ -4,7 +4,8 @@
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh,  g = dy * weight
     dweight = sum of dy * xhat,  dbias = sum of dy
 
-x [N, H]. Reference: tpweave/reference/ops/layer_norm.py. One program holds one row: one read, one write, no second pass.
+x [N, H]. One program holds one row: one read, one write, no second pass. Reference:
+tpweave/reference/ops/layer_norm.py.
 """
 
 import torch
@@ -94,7 +95,7 @@ def layer_norm_fwd(
     eps: float,
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, h (x itself without a residual) and [mean, rstd]. x, residual: [..., H] contiguous; weight, bias: [H] contiguous."""
+    """y, h (x itself without a residual) and [mean, rstd]. x, residual: [..., H], weight, bias: [H], all contiguous."""
     N, H = x.shape[:-1].numel(), x.shape[-1]
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)

@@ -1,8 +1,9 @@
 """Rotary position embedding: y_i = x_i cos + x_partner(i) sin, with the sign of sin negative for the first of a pair.
 
 x [B, S, H, D] with any strides and a dense last dim; cos, sin [B, S, HALF]. Partner and angle of element i < 2 HALF are
-(i + HALF) mod 2 HALF and i mod HALF, or interleaved i xor 1 and i div 2. Reference: tpweave/reference/ops/rope.py. One
-program takes all heads of a position in blocks, so an angle is read once; the partner's read hits the first-level cache.
+(i + HALF) mod 2 HALF and i mod HALF, or interleaved i xor 1 and i div 2. One program takes all heads of a position in
+blocks, so an angle is read once; the partner's read hits the first-level cache. Reference:
+tpweave/reference/ops/rope.py.
 """
 
 import torch
@@ -53,10 +54,8 @@ def _rope_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_h & (offs_d < D)[None, :])
 
 
-def rope(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool
-) -> torch.Tensor:
-    """x turned, contiguous. x: [B, S, H, D], last dim dense; cos, sin: [B or 1, S, HALF] of the same strides, last dim dense."""
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool) -> torch.Tensor:
+    """x turned, contiguous. x: [B, S, H, D]; cos, sin: [B or 1, S, HALF] of the same strides; last dims dense."""
     B, S, H, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-_EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.int8: 0.0}
+# Slack of the accuracy rule, relative to the largest value of the reference.
+SLACK = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.int8: 0.0}
 
 
 def accuracy(
@@ -45,7 +46,7 @@ def accuracy(
     error = (out.double() - reference64)[finite].abs().max().item()
     allowed = (same_dtype.double() - reference64)[finite].abs().max().item()
     scale = max(1.0, reference64[finite].abs().max().item())
-    bound = factor * allowed + (_EPS[out.dtype] if eps is None else eps) * scale
+    bound = factor * allowed + (SLACK[out.dtype] if eps is None else eps) * scale
     return error, bound, "" if error <= bound else f"error {error:.3e} exceeds {bound:.3e}"
 
 

@@ -20,7 +20,7 @@ import tpweave
 from tpweave import env
 from tpweave.dispatch import OPS
 from tpweave.errors import BackendUnavailableError
-from tpweave.testing import accuracy
+from tpweave.testing import SLACK, accuracy
 
 Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,14 +29,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Draw:
     """Random tensors of one device and dtype: the same numbers on every device, different ones on every rank."""
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, device: torch.device | str, dtype: torch.dtype, rank: int = 0, ranks: int = 1) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
-        self._generator = torch.Generator().manual_seed(seed)
+        self.rank = rank
+        self.ranks = ranks
+        self._generator = torch.Generator().manual_seed(rank)
+        self._shared = torch.Generator().manual_seed(ranks)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers."""
         return torch.randn(shape, generator=self._generator).to(self.device, self.dtype)
+
+    def shared_normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, the same on all ranks."""
+        return torch.randn(shape, generator=self._shared).to(self.device, self.dtype)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """int64 numbers in [0, high)."""
@@ -92,6 +99,17 @@ def _angles(draw: Draw, sequence: int, count: int) -> tuple[Tensor, Tensor]:
     return angles.cos().to(draw.device, draw.dtype), angles.sin().to(draw.device, draw.dtype)
 
 
+def _attention_inputs(draw: Draw) -> tuple[Tensor, ...]:
+    """Queries, keys and values of 4 heads on 2 KV heads, and a padding mask that leaves the first key."""
+    seen = draw.integers(3, 2, 45) > 0
+    seen[:, 0] = True
+    return draw.normal(2, 33, 4, 40), draw.normal(2, 45, 2, 40), draw.normal(2, 45, 2, 24), seen
+
+
+def _uneven(draw: Draw) -> list[int]:
+    return [3 + rank for rank in range(draw.ranks)]
+
+
 CHECKS: tuple[Check, ...] = (
     Check(
         "rms_norm", "33x384",
@@ -129,6 +147,60 @@ CHECKS: tuple[Check, ...] = (
         )
         for interleaved, count in ((False, 40), (True, 40), (False, 13))
     ),
+    Check(
+        "attention", "causal 2x33x45 heads 4/2",
+        lambda d: _attention_inputs(d)[:3],
+        lambda i, backend, _: tpweave.attention(*i, causal=True, return_lse=True, backend=backend),
+    ),
+    Check(
+        "attention", "window 7, 3",
+        lambda d: _attention_inputs(d)[:3],
+        lambda i, backend, _: tpweave.attention(*i, window=(7, 3), backend=backend),
+    ),
+    Check(
+        "attention", "padding mask",
+        _attention_inputs,
+        lambda i, backend, _: tpweave.attention(*i[:3], mask=i[3], backend=backend),
+    ),
+    *(
+        Check(
+            "all_reduce", f"{rows}x{columns}",
+            lambda d, rows=rows, columns=columns: (d.normal(rows, columns),),
+            lambda i, backend, group: tpweave.all_reduce(i[0], group, backend=backend),
+            collective=True,
+        )
+        # 33x65 travels in one step, 3x60000 in two.
+        for rows, columns in ((33, 65), (3, 60000))
+    ),
+    Check(
+        "all_gather", "uneven 2x(3+r)x5",
+        lambda d: (d.normal(2, 3 + d.rank, 5), _uneven(d)),
+        lambda i, backend, group: tpweave.all_gather(i[0], 1, group, splits=i[1], backend=backend),
+        collective=True,
+    ),
+    Check(
+        "reduce_scatter", "uneven 2x(3+r)x5",
+        lambda d: (d.normal(2, sum(_uneven(d)), 5), _uneven(d)),
+        lambda i, backend, group: tpweave.reduce_scatter(i[0], 1, group, splits=i[1], backend=backend),
+        collective=True,
+    ),
+    Check(
+        "all_to_all", "uneven 2x(3+r)x5",
+        lambda d: (d.normal(2, sum(_uneven(d)), 5), _uneven(d), [3 + d.rank] * d.ranks),
+        lambda i, backend, group: tpweave.all_to_all(
+            i[0], 1, group, in_splits=i[1], out_splits=i[2], backend=backend
+        ),
+        collective=True,
+    ),
+    *(
+        Check(
+            "matmul_all_reduce", f"{rows}x48x56 bias",
+            lambda d, rows=rows: (d.normal(rows, 48), d.normal(56, 48), d.shared_normal(56)),
+            lambda i, backend, group: tpweave.matmul_all_reduce(i[0], i[1].t(), group, bias=i[2], backend=backend),
+            collective=True,
+        )
+        for rows in (1, 40)
+    ),
 )  # fmt: skip
 
 
@@ -144,7 +216,7 @@ def outputs_and_gradients(check: Check, inputs: Sequence[Any], backend: str | No
     wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not wanted:
         return found
-    weights = Draw("cpu", torch.float64, seed=7)
+    weights = Draw("cpu", torch.float64)
     loss = sum((o.double() * weights.normal(*o.shape).to(o.device)).sum() for o in outs if o.requires_grad)
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
     return found + [torch.empty(0, dtype=w.dtype) if g is None else g for g, w in zip(grads, wanted, strict=True)]
@@ -153,7 +225,8 @@ def outputs_and_gradients(check: Check, inputs: Sequence[Any], backend: str | No
 def run_check(check: Check, backend: str, device: torch.device | str, dtype: torch.dtype, group: Any = None) -> Result:
     """One check on one row."""
     facts = (check.op, check.name, str(dtype).removeprefix("torch."), backend)
-    inputs = check.make(Draw(device, dtype, seed=0 if group is None else group.rank))
+    draw = Draw(device, dtype) if group is None else Draw(device, dtype, group.rank, group.size)
+    inputs = check.make(draw)
     wide = [i.double() if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs]
     begin = time.perf_counter()
     try:
@@ -165,11 +238,13 @@ def run_check(check: Check, backend: str, device: torch.device | str, dtype: tor
     seconds = time.perf_counter() - begin
     expected = outputs_and_gradients(check, wide, "reference", group)
     same = outputs_and_gradients(check, inputs, "reference", group)
-    # Triton's interpreter cuts bits off where a GPU rounds to bf16: up to 2^-7 of a value, twice in a rounded sum's norm.
+    # Triton's interpreter cuts bits off where a GPU rounds to bf16: up to 2^-7 of a value, twice for a rounded sum.
     cuts = dtype == torch.bfloat16 and backend == "triton" and env.triton_interpreted()
+    # The inputs' dtype, where an output is wider (a log-sum-exp in fp32 comes from probabilities in bf16).
+    slack = 2**-6 if cuts else SLACK[dtype]
     worst = (0.0, 0.0)
     for out, want, plain in zip(got, expected, same, strict=True):
-        error, bound, reason = accuracy(out, want, plain, eps=2**-6 if cuts else None)
+        error, bound, reason = accuracy(out, want, plain, eps=slack)
         if reason:
             return Result(*facts, "wrong", reason, error, bound, seconds)
         if bound > 0 and error * worst[1] >= worst[0] * bound:
