@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+
 import tpweave
 from tpweave.dispatch import Inputs
 from tpweave.errors import BackendUnavailableError
@@ -112,7 +113,7 @@ def check_results(q, got, want, same):
     assert_accurate(out, want, same.to(q.dtype))
     assert torch.equal(torch.isneginf(lse), torch.isneginf(want_lse))
     seen = ~torch.isneginf(want_lse)
-    tolerance = 1e-5 if q.dtype == torch.float32 else 1e-3
+    tolerance = 1e-5 if q.dtype == torch.float32 else 2e-4
     torch.testing.assert_close(lse[seen].double(), want_lse[seen], rtol=1e-5, atol=tolerance)
 
 

@@ -47,8 +47,13 @@ class Schedule {
   };
 
   Schedule(int64_t heads, int64_t packs, int64_t tiles, int64_t slots)
-      : heads_(heads), packs_(packs), tiles_(tiles), slots_(slots), ahead_(slots / 2 < heads ? slots / 2 : heads),
-        packed_(static_cast<size_t>(heads)), done_(static_cast<size_t>(heads)) {}
+      : heads_(heads),
+        packs_(packs),
+        tiles_(tiles),
+        slots_(slots),
+        ahead_(slots / 2 < heads ? slots / 2 : heads),
+        packed_(static_cast<size_t>(heads)),
+        done_(static_cast<size_t>(heads)) {}
 
   Ticket take() {
     int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
@@ -172,8 +177,6 @@ void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t key_mask, uintptr_
 
 }  // namespace
 
-void register_attention(py::module_& m) {
-  m.def("attention_fwd", &forward, py::call_guard<py::gil_scoped_release>());
-}
+void register_attention(py::module_& m) { m.def("attention_fwd", &forward, py::call_guard<py::gil_scoped_release>()); }
 
 }  // namespace tpweave

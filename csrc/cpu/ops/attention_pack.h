@@ -108,8 +108,8 @@ void pack(const AttentionForward& args, int64_t batch, int64_t kv_head, int64_t 
     const TileState state = visible == 0 ? kHidden : visible < count ? kPartlyVisible : kVisible;
     block[layout.state_offset] = static_cast<float>(state);
     if (state == kHidden) continue;
-    pack_keys(TileRows<T>(k + first * args.k_strides.position, args.k_strides.position, count, tile_mask),
-              layout.steps, args.depth, block);
+    pack_keys(TileRows<T>(k + first * args.k_strides.position, args.k_strides.position, count, tile_mask), layout.steps,
+              args.depth, block);
     pack_values(TileRows<T>(v + first * args.v_strides.position, args.v_strides.position, count, tile_mask),
                 layout.columns, args.depth_v, block + layout.value_offset);
   }

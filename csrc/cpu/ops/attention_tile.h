@@ -2,8 +2,9 @@
 // tiling of FlashAttention (Dao et al.), in base 2.
 //
 // For each key tile, row group by row group: raw scores into a buffer of L1 size; the rows' limits are compared
-// and, rarely, raised; the exponentials of a group are computed inside the next group's products, whose
-// multiply-adds leave the other execution ports free. Then all groups multiply their weights with V.
+// and, rarely, raised; the exponentials of a group are computed inside the next group's products where registers
+// suffice (kOverlap), for multiply-adds leave the other execution ports free. Then all groups multiply their
+// weights with V.
 //
 // A row's weights are 2^(scale * score - shift). The shift follows the row's maximum only when that has grown
 // by more than 2^8 (fp32 has the range), so that rows are hardly ever rescaled.
@@ -18,8 +19,8 @@ namespace {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kSlackLog2 = 8.0f;
-constexpr int kGroupVecs = kKeys / kLanes;                         // vectors of scores in a row
-constexpr int kUnits = kRows * kGroupVecs / 2;                     // an exponential unit is two of them
+constexpr int kGroupVecs = kKeys / kLanes;      // vectors of scores in a row
+constexpr int kUnits = kRows * kGroupVecs / 2;  // an exponential unit is two of them
 constexpr int kUnitsPerPanel = kUnits / kPanelsPerTile;
 static_assert(kQueryRows % kRows == 0 && kUnits % kPanelsPerTile == 0, "whole groups and units");
 
@@ -28,8 +29,9 @@ struct alignas(64) Scratch {
   float queries[kQueryRows * kQueryStride];
   float weights[kQueryRows * kKeys];
   float scores[2][kRows * kKeys];
-  float out[kQueryRows * kMaxHeadDim];  // [panel][row][kPanel]
-  float sums[kQueryRows * kLanes];      // of weights, lane by lane
+  float out[kQueryRows * kMaxHeadDim];    // [panel][row][kPanel]
+  float sums[kQueryRows * kLanes];        // of weights as stored, lane by lane
+  float exact_sums[kQueryRows * kLanes];  // and before rounding, where Format::kRoundsWeights
   float shift[kQueryRows];
   float limit[kQueryRows];  // raw score above which the shift is raised
 };
@@ -95,6 +97,7 @@ class QueryTile {
     }
     for (int64_t row = 0; row < padded; ++row) {
       store(scratch_.sums + row * kLanes, zero());
+      store(scratch_.exact_sums + row * kLanes, zero());
       scratch_.shift[row] = 0.0f;
       scratch_.limit[row] = -kInfinity;
     }
@@ -117,13 +120,15 @@ class QueryTile {
       if (seen.begin >= seen.end) continue;
       const bool whole = state == kVisible && window_.begin(query_of(row + kRows - 1)) <= key &&
                          window_.end(query_of(row)) >= key + kKeys;
-      if (!whole) {
-        if (pending >= 0) exponentials(pending_scores, pending);
-        masked_scores(block, state, key, row, seen, scores);
-      } else if (pending >= 0) {
-        whole_scores<true>(block, row, scores, pending_scores, pending);
+      if (kOverlap && whole && pending >= 0) {
+        whole_scores<kOverlap>(block, row, scores, pending_scores, pending);
       } else {
-        whole_scores<false>(block, row, scores, nullptr, 0);
+        if (pending >= 0) exponentials(pending_scores, pending);
+        if (whole) {
+          whole_scores<false>(block, row, scores, nullptr, 0);
+        } else {
+          masked_scores(block, state, key, row, seen, scores);
+        }
       }
       pending = row;
       float* other = pending_scores;
@@ -149,7 +154,7 @@ class QueryTile {
   // ---- scores -----------------------------------------------------------------------------------
 
   // Raw scores of a row group against the tile; meanwhile the exponentials of the group before.
-  template <bool kOverlap>
+  template <bool kWithExponentials>
   __attribute__((noinline)) void whole_scores(const float* block, int64_t row, float* scores, const float* before,
                                               int64_t row_before) {
     const float* queries = scratch_.queries + row * kQueryStride;
@@ -162,7 +167,7 @@ class QueryTile {
         for (int n = 0; n < kVecs; ++n) sum[r][n] = zero();
       }
       const float* keys = block + panel * layout_.steps * kPanel;
-      if constexpr (kOverlap) {
+      if constexpr (kWithExponentials) {
         const int64_t piece = layout_.steps / kUnitsPerPanel;
         const float* a = queries;
         for (int unit = 0; unit < kUnitsPerPanel; ++unit) {
@@ -264,7 +269,10 @@ class QueryTile {
         float* panel = scratch_.out + column * kQueryRows + row * kPanel;
         for (int i = 0; i < kPanel; i += kLanes) store(panel + i, load(panel + i) * factor);
       }
-      store(scratch_.sums + row * kLanes, load(scratch_.sums + row * kLanes) * factor);
+      float* sums = scratch_.sums + row * kLanes;
+      float* exact_sums = scratch_.exact_sums + row * kLanes;
+      store(sums, load(sums) * factor);
+      store(exact_sums, load(exact_sums) * factor);
     }
     scratch_.shift[row] = shift;
     scratch_.limit[row] = score + slack_;
@@ -281,7 +289,7 @@ class QueryTile {
     const VecF low = exp2<Format<T>::kDegree>(multiply_subtract(load(at), scale, shift));
     const VecF high = exp2<Format<T>::kDegree>(multiply_subtract(load(at + kLanes), scale, shift));
     Format<T>::store_weights(scratch_.weights + (row + r) * kKeys + key / Format<T>::kPerWord, low, high,
-                             scratch_.sums + (row + r) * kLanes);
+                             scratch_.sums + (row + r) * kLanes, scratch_.exact_sums + (row + r) * kLanes);
   }
 
   __attribute__((noinline)) void exponentials(const float* scores, int64_t row) {
@@ -332,17 +340,19 @@ class QueryTile {
   void finish_row(int64_t batch, int64_t head, int64_t row) {
     const int64_t query = first_ + row;
     const float sum = reduce_add(load(scratch_.sums + row * kLanes));
-    // A row that saw no key has never had its limit raised.
+    const float exact = Format<T>::kRoundsWeights ? reduce_add(load(scratch_.exact_sums + row * kLanes)) : sum;
+    // A row that saw no key has never had its limit raised; a row of NaNs neither, but its sum is NaN.
     const bool empty = scratch_.limit[row] == -kInfinity && sum == 0.0f;
     args_.lse[(batch * args_.heads + head) * args_.queries + query] =
-        empty ? -kInfinity : (scratch_.shift[row] + __builtin_log2f(sum)) * kLn2;
+        empty ? -kInfinity : (scratch_.shift[row] + __builtin_log2f(exact)) * kLn2;
     const VecF inverse = set1(empty ? 0.0f : 1.0f / sum);
     T* out = static_cast<T*>(args_.out) + ((batch * args_.queries + query) * args_.heads + head) * args_.depth_v;
     for (int64_t column = 0; column < args_.depth_v; column += kLanes) {
       const float* at = scratch_.out + column / kPanel * kPanel * kQueryRows + row * kPanel + column % kPanel;
       const VecF value = load(at) * inverse;
       const int64_t left = args_.depth_v - column;
-      if (left >= kLanes) store(out + column, value); else store_partial(out + column, value, left);
+      if (left >= kLanes) store(out + column, value);
+      else store_partial(out + column, value, left);
     }
   }
 

@@ -151,9 +151,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tenso
             f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}; batch {batch} and head dim {depth} must match"
         )
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"attention: k is {tuple(k.shape)}, v is {tuple(v.shape)}; v must begin {tuple(k.shape[:3])}"
-        )
+        raise ValueError(f"attention: k is {tuple(k.shape)}, v is {tuple(v.shape)}; v must begin {tuple(k.shape[:3])}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"attention: {heads} query heads on {kv_heads} KV heads; the first must be a multiple")
     if len(window) != 2 or min(window) < -1:
