@@ -3,11 +3,7 @@
 import torch
 
 import tpweave
-<<<<<<< HEAD
 from tpweave.benchmarks.registry import Bench, Case, dtype_named
-=======
-from benchmarks.registry import Bench, Case, dtype_named
->>>>>>> 78a81aa (attention: exact log-sum-exp beside rounded weights; no overlap where registers do not suffice)
 
 
 def make(batch, heads, kv_heads, sequence, head_dim, causal, dtype):
