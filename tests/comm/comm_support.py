@@ -30,6 +30,11 @@ def numbers(shape, dtype, rank, step=0):
     return torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype)
 
 
+def rows_of(op):
+    """None (as dispatched) and the table's rows; Triton rows have tests of their own, made for the interpreter."""
+    return (None, *(row.name for row in op.backends if row.name != "triton")) if op is not None else (None,)
+
+
 def cases(op, checks):
     """Parameters (check, backend, world) for `assert_check`: every row (None: as dispatched) that can run there at all.
 
@@ -39,8 +44,8 @@ def cases(op, checks):
         pytest.param(check, backend, name, id=f"{check.__name__}-{backend}-{name}")
         for check, names in checks.items()
         for name in names
-        for backend in (None, *(row.name for row in op.backends))
-        if not (backend == "local" and name != "1") and not (backend in ("shm", "pg", "triton") and name == "1")
+        for backend in rows_of(op)
+        if not (backend == "local" and name != "1") and not (backend in ("shm", "pg") and name == "1")
     ]
 
 
@@ -60,8 +65,7 @@ def assert_check(op, checks, check, backend, name):
 def _outcomes(op, checks, name):
     """All checks on all rows in one start of the ranks: starting them takes longer than most checks do."""
     world_size, members = WORLDS[name]
-    rows = (None, *(row.name for row in op.backends)) if op is not None else (None,)
-    everyone = run_ranks(world_size, _run_checks, op and op.name, checks, rows, members, timeout=240)
+    everyone = run_ranks(world_size, _run_checks, op and op.name, checks, rows_of(op), members, timeout=240)
     by_rank = [outcomes for outcomes in everyone if outcomes is not None]
     keys = set.intersection(*(set(outcomes) for outcomes in by_rank))
     failed = {key for outcomes in by_rank for key, (status, _) in outcomes.items() if status == "failed"}

@@ -28,7 +28,7 @@ CASES = [
 def test_small_matmul_matches_float64(isa, dtype, transposed):
     """The kernel keeps fp32 sums: even bf16 results differ from float64 only by fp32 rounding."""
     for rows, depth, columns in ((1, 7, 5), (1, 64, 9), (3, 77, 33), (16, 100, 70), (5, 0, 3), (4, 8, 0), (7, 31, 8),
-                                 (2, 2048, 1000), (16, 33, 600)):  # fmt: skip
+                                 (2, 2048, 1000), (16, 33, 600), (37, 40, 50)):  # fmt: skip
         a = torch.randn(rows, depth + 3).to(dtype)[:, :depth]
         b = torch.randn(columns, depth).to(dtype).t() if transposed else torch.randn(depth, columns).to(dtype)
         bias = torch.randn(columns).to(dtype)

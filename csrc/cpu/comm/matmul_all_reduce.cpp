@@ -29,13 +29,18 @@ void small_matmul(uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_bk,
                 "; one must be 1");
   const bool dense_columns = stride_bk == 1;
   const SmallMatmulKernels& kernels = select_small_matmul_kernels();
-  std::vector<float> packed(static_cast<size_t>(rows * packed_depth(depth)));
-  kernels.pack_a(reinterpret_cast<const void*>(a), stride_a, rows, depth, dense_columns, dtype, packed.data());
-  const SmallMatmul args{packed.data(), reinterpret_cast<const void*>(b), reinterpret_cast<const void*>(bias),
-                         reinterpret_cast<float*>(out), rows, columns, depth, dense_columns ? stride_bn : stride_bk,
-                         dense_columns};
-  parallel_for(columns, column_grain(depth, dtype_size(dtype)),
-               [&](int64_t begin, int64_t end) { kernels.multiply(args, dtype, begin, end); });
+  const int64_t packed_rows = rows < kMaxRows ? rows : kMaxRows;
+  std::vector<float> packed(static_cast<size_t>(packed_rows * packed_depth(depth)));
+  for (int64_t row = 0; row < rows; row += kMaxRows) {
+    const int64_t turn = rows - row < kMaxRows ? rows - row : kMaxRows;
+    const auto* a_row = reinterpret_cast<const char*>(a) + row * stride_a * static_cast<int64_t>(dtype_size(dtype));
+    kernels.pack_a(a_row, stride_a, turn, depth, dense_columns, dtype, packed.data());
+    const SmallMatmul args{packed.data(), reinterpret_cast<const void*>(b), reinterpret_cast<const void*>(bias),
+                           reinterpret_cast<float*>(out) + row * columns, turn, columns, depth,
+                           dense_columns ? stride_bn : stride_bk, dense_columns};
+    parallel_for(columns, column_grain(depth, dtype_size(dtype)),
+                 [&](int64_t begin, int64_t end) { kernels.multiply(args, dtype, begin, end); });
+  }
 }
 
 }  // namespace

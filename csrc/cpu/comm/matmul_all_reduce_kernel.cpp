@@ -23,7 +23,11 @@ TPWEAVE_INLINE void dot_block(const SmallMatmul& args, int64_t row, int64_t colu
   int64_t k = 0;
   for (; k + Dot::kStep <= K; k += Dot::kStep) {
     typename Dot::Operand vb[kColumns];
-    for (int n = 0; n < kColumns; ++n) vb[n] = Dot::load_b(b + n * args.stride_b + k);
+    for (int n = 0; n < kColumns; ++n) {
+      vb[n] = Dot::load_b(b + n * args.stride_b + k);
+      // The next columns' weights: the hardware does not look beyond a page, and a column is few pages.
+      if (kRows == 1) __builtin_prefetch(b + (n + kColumns) * args.stride_b + k, 0, 2);
+    }
     for (int m = 0; m < kRows; ++m) {
       const typename Dot::Operand va = Dot::load_a(a + m * stride_a + k);
       for (int n = 0; n < kColumns; ++n) sums[m][n] = Dot::multiply_add(va, vb[n], sums[m][n]);
@@ -68,32 +72,30 @@ void multiply_dense_columns(const SmallMatmul& args, int64_t begin, int64_t end)
   for (; column < end; ++column) dot_columns<T, 1>(args, column);
 }
 
-// Dense rows of b: kDepth of them, scaled, are added to the outputs at once, so that an output is loaded and
-// stored once for kDepth products.
+// Dense rows of b: kDepth of them, scaled, are added to the sums at once, so that a sum is loaded and stored once for
+// kDepth products. sums: [rows, count], for the columns from `begin`.
 template <typename T, int kDepth>
-TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, int64_t end) {
+TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, int64_t count, float* sums) {
   const int64_t stride_a = (args.depth + 31) / 32 * 32;
   const float* a = static_cast<const float*>(args.packed_a) + k;
-  const T* b = static_cast<const T*>(args.b) + k * args.stride_b;
-  int64_t n = begin;
-  for (; n + kLanes <= end; n += kLanes) {
+  const T* b = static_cast<const T*>(args.b) + k * args.stride_b + begin;
+  int64_t n = 0;
+  for (; n + kLanes <= count; n += kLanes) {
     VecF vb[kDepth];
     for (int i = 0; i < kDepth; ++i) vb[i] = load(b + i * args.stride_b + n);
     for (int64_t m = 0; m < args.rows; ++m) {
-      float* out = args.out + m * args.columns + n;
-      VecF sum = load(out);
+      VecF sum = load(sums + m * count + n);
       for (int i = 0; i < kDepth; ++i) sum = fma(set1(a[m * stride_a + i]), vb[i], sum);
-      store(out, sum);
+      store(sums + m * count + n, sum);
     }
   }
-  if (n < end) {
+  if (n < count) {
     for (int64_t m = 0; m < args.rows; ++m) {
-      float* out = args.out + m * args.columns + n;
-      VecF sum = load_partial(out, end - n);
+      VecF sum = load_partial(sums + m * count + n, count - n);
       for (int i = 0; i < kDepth; ++i) {
-        sum = fma(set1(a[m * stride_a + i]), load_partial(b + i * args.stride_b + n, end - n), sum);
+        sum = fma(set1(a[m * stride_a + i]), load_partial(b + i * args.stride_b + n, count - n), sum);
       }
-      store_partial(out, sum, end - n);
+      store_partial(sums + m * count + n, sum, count - n);
     }
   }
 }
@@ -101,18 +103,21 @@ TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, 
 template <typename T>
 void multiply_dense_rows(const SmallMatmul& args, int64_t begin, int64_t end) {
   const T* bias = static_cast<const T*>(args.bias);
-  // The outputs of a block stay in L1: at most 8192 floats.
-  const int64_t block = max_of(kLanes, 8192 / max_of(args.rows, 1) / kLanes * kLanes);
+  // The sums take half of L1, side by side: rows of `out` may be a power of two apart and fall into one cache set.
+  constexpr int64_t kSums = 4096;
+  alignas(64) float sums[kSums];
+  const int64_t block = kSums / args.rows / kLanes * kLanes;
   for (int64_t from = begin; from < end; from += block) {
-    const int64_t to = min_of(from + block, end);
+    const int64_t count = min_of(block, end - from);
     for (int64_t m = 0; m < args.rows; ++m) {
-      for (int64_t n = from; n < to; ++n) {
-        args.out[m * args.columns + n] = bias != nullptr ? to_float(bias[n]) : 0.0f;
-      }
+      for (int64_t n = 0; n < count; ++n) sums[m * count + n] = bias != nullptr ? to_float(bias[from + n]) : 0.0f;
     }
     int64_t k = 0;
-    for (; k + 8 <= args.depth; k += 8) add_rows<T, 8>(args, k, from, to);
-    for (; k < args.depth; ++k) add_rows<T, 1>(args, k, from, to);
+    for (; k + 8 <= args.depth; k += 8) add_rows<T, 8>(args, k, from, count, sums);
+    for (; k < args.depth; ++k) add_rows<T, 1>(args, k, from, count, sums);
+    for (int64_t m = 0; m < args.rows; ++m) {
+      __builtin_memcpy(args.out + m * args.columns + from, sums + m * count, static_cast<size_t>(count) * sizeof(float));
+    }
   }
 }
 
