@@ -28,8 +28,4 @@ PYBIND11_MODULE(_C, m) {
   register_rms_norm(m);
   register_rope(m);
   register_shm_communicator(m);
-  register_all_gather(m);
-  register_all_reduce(m);
-  register_all_to_all(m);
-  register_reduce_scatter(m);
 }

@@ -13,12 +13,6 @@ void register_layer_norm(pybind11::module_& m);
 void register_matmul_all_reduce(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
 void register_rope(pybind11::module_& m);
-
-// The communicator's class comes before the collectives, which add methods to it.
 void register_shm_communicator(pybind11::module_& m);
-void register_all_gather(pybind11::module_& m);
-void register_all_reduce(pybind11::module_& m);
-void register_all_to_all(pybind11::module_& m);
-void register_reduce_scatter(pybind11::module_& m);
 
 }  // namespace tpweave

@@ -73,7 +73,8 @@ Arena::~Arena() {
 }
 
 void Arena::grow(size_t bytes) {
-  if (ftruncate(fd_, static_cast<off_t>(bytes)) != 0) throw std::runtime_error(system_error("growing the shared arena"));
+  if (ftruncate(fd_, static_cast<off_t>(bytes)) != 0)
+    throw std::runtime_error(system_error("growing the shared arena"));
 }
 
 char* Arena::map_segment(size_t offset, size_t bytes) {

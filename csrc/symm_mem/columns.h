@@ -4,16 +4,20 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include "common/check.h"
 
 namespace tpweave {
 
 struct Columns {
-  char* data;      // the block's first byte
+  char* data;  // the block's first byte
   int64_t rows;
   int64_t width;   // bytes of a row inside the block
   int64_t stride;  // bytes from a row to the next
 
   int64_t bytes() const { return rows * width; }
+  int64_t clip(int64_t end) const { return end < bytes() ? end : bytes(); }
   bool dense() const { return rows <= 1 || width == stride; }
 };
 
@@ -46,6 +50,25 @@ inline void unpack(const Columns& to, const char* flat, int64_t begin, int64_t e
   for_each_piece(to, begin, end, [&](char* inside, int64_t at, int64_t bytes) {
     std::memcpy(inside, flat + (at - begin), static_cast<size_t>(bytes));
   });
+}
+
+// Splits the columns of [outer, sum(widths)] units of `unit` bytes at `data` into one block per rank. Returns the most
+// bytes that any block has.
+inline int64_t split_columns(Columns* parts, const void* data, int64_t outer, const std::vector<int64_t>& widths,
+                             int64_t unit, int size) {
+  TPWEAVE_CHECK(outer >= 0, "outer is ", outer);
+  TPWEAVE_CHECK(static_cast<int>(widths.size()) == size, widths.size(), " widths for ", size, " ranks");
+  int64_t offset = 0;
+  int64_t most = 0;
+  for (int r = 0; r < size; ++r) {
+    const int64_t width = widths[static_cast<size_t>(r)] * unit;
+    TPWEAVE_CHECK(width >= 0, "rank ", r, "'s width is ", width);
+    parts[r] = {const_cast<char*>(static_cast<const char*>(data)) + offset, outer, width, 0};
+    offset += width;
+    most = parts[r].bytes() > most ? parts[r].bytes() : most;
+  }
+  for (int r = 0; r < size; ++r) parts[r].stride = offset;
+  return most;
 }
 
 // Both blocks have the same number of bytes and rows.

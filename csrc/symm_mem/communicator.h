@@ -47,7 +47,15 @@ struct GroupPoisoned : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class CollectiveOp : uint32_t { kNone, kBarrier, kAllReduce, kAllGather, kReduceScatter, kAllToAll, kSymmetricBuffer };
+enum class CollectiveOp : uint32_t {
+  kNone,
+  kBarrier,
+  kAllReduce,
+  kAllGather,
+  kReduceScatter,
+  kAllToAll,
+  kSymmetricBuffer
+};
 
 const char* collective_name(CollectiveOp op);
 

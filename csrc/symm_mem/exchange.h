@@ -35,7 +35,8 @@ void exchange(ShmCommunicator& comm, int64_t piece, Fill&& fill, Total&& total, 
       comm.publish_step(input(c));
     }
     const int64_t read = c - 1;
-    drain([&](int peer) { return read == 0 ? comm.arrival_slot(peer) : comm.chunk_slot(peer, read); }, read * piece, c * piece,
+    drain([&](int peer) { return read == 0 ? comm.arrival_slot(peer) : comm.chunk_slot(peer, read); }, read * piece,
+          c * piece,
           [&](int peer) {
             // Partner: the peer's publish_step(input) above.
             if (read > 0) comm.await_step(peer, input(read));

@@ -1,10 +1,13 @@
-// The Python side of the communicator: its class, and its failures as the exceptions of tpweave.errors. The
-// collectives add themselves to the class (csrc/cpu/comm).
+// The Python side of the communicator: its class with the collectives of csrc/cpu/comm, which know nothing of Python,
+// and its failures as the exceptions of tpweave.errors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings.h"
-#include "common/check.h"
+#include "cpu/comm/all_gather.h"
+#include "cpu/comm/all_reduce.h"
+#include "cpu/comm/all_to_all.h"
+#include "cpu/comm/reduce_scatter.h"
 #include "symm_mem/communicator.h"
 
 namespace py = pybind11;
@@ -59,17 +62,59 @@ std::pair<std::vector<uintptr_t>, std::vector<uintptr_t>> symmetric_buffer(ShmCo
   return addresses;
 }
 
+using Widths = std::vector<int64_t>;
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// `shape`: a tuple, or None where the number of elements says enough.
+void bind_all_reduce(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t numel, int dtype,
+                     const py::object& shape) {
+  int64_t dims[kMaxRanks];
+  int num_dims = 0;
+  if (!shape.is_none()) {
+    for (const py::handle dim : py::reinterpret_borrow<py::tuple>(shape)) {
+      if (num_dims < kMaxRanks) dims[num_dims++] = PyLong_AsLongLong(dim.ptr());
+    }
+  }
+  const py::gil_scoped_release without_gil;
+  all_reduce(comm, pointer(in), pointer(out), numel, static_cast<DType>(dtype), dims, num_dims);
+}
+
+void bind_all_gather(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t outer, const Widths& inner_bytes) {
+  all_gather(comm, pointer(in), pointer(out), outer, inner_bytes);
+}
+
+void bind_reduce_scatter(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t outer, const Widths& inner_numel,
+                         int dtype, bool average) {
+  reduce_scatter(comm, pointer(in), pointer(out), outer, inner_numel, static_cast<DType>(dtype), average);
+}
+
+void bind_all_to_all(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t outer, const Widths& in_inner_bytes,
+                     const Widths& out_inner_bytes) {
+  all_to_all(comm, pointer(in), pointer(out), outer, in_inner_bytes, out_inner_bytes);
+}
+
 }  // namespace
 
 void register_shm_communicator(py::module_& m) {
   py::register_local_exception_translator(&translate);
   m.attr("SHM_MAX_RANKS") = kMaxRanks;
   m.attr("SHM_SIGNAL_BYTES") = kSignalBytes;
-  m.def("shm_arena_create", [](int size, const py::bytes& nonce) { return Arena::create(size, std::string(nonce)); },
-        py::arg("size"), py::arg("nonce"));
+  m.def(
+      "shm_arena_create", [](int size, const py::bytes& nonce) { return Arena::create(size, std::string(nonce)); },
+      py::arg("size"), py::arg("nonce"));
   py::class_<ShmCommunicator>(m, "ShmCommunicator")
       .def(py::init(&connect), py::arg("arena_fd"), py::arg("nonce"), py::arg("rank"), py::arg("size"),
            py::arg("cores"), py::arg("timeout"), py::arg("pidfds"), py::arg("sockets"))
+      .def("all_reduce", &bind_all_reduce, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("numel"), py::arg("dtype"),
+           py::arg("shape") = py::none())
+      .def("all_gather", &bind_all_gather, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
+           py::arg("inner_bytes"), py::call_guard<py::gil_scoped_release>())
+      .def("reduce_scatter", &bind_reduce_scatter, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
+           py::arg("inner_numel"), py::arg("dtype"), py::arg("average") = false,
+           py::call_guard<py::gil_scoped_release>())
+      .def("all_to_all", &bind_all_to_all, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
+           py::arg("in_inner_bytes"), py::arg("out_inner_bytes"), py::call_guard<py::gil_scoped_release>())
       .def("barrier", &ShmCommunicator::barrier, py::call_guard<py::gil_scoped_release>())
       .def("set_timeout", &ShmCommunicator::set_timeout)
       .def("symmetric_buffer", &symmetric_buffer, py::arg("bytes"), py::arg("channel"),

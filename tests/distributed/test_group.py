@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch.distributed as dist
-import tpweave
 from torch.distributed.device_mesh import init_device_mesh
+
+import tpweave
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.testing import run_ranks
 

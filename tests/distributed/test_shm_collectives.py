@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import tpweave
 from tpweave.native import _C, DTYPE_CODES
 from tpweave.testing import run_ranks

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 import tpweave
 from tpweave.distributed.symmetric_memory import Rendezvous
 from tpweave.testing import run_ranks

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import tpweave
 from tpweave.errors import CollectiveMismatchError, GroupPoisonedError
 from tpweave.native import DTYPE_CODES

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+
 import tpweave
 from tpweave.distributed.symmetric_memory import symmetric_buffer
 from tpweave.native import DTYPE_CODES

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 import tpweave
 from tpweave.errors import GroupPoisonedError, PeerFailureError
 from tpweave.testing import run_ranks

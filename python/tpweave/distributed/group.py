@@ -48,8 +48,9 @@ class TPGroup:
 
     def __init__(self, process_group: dist.ProcessGroup | None, timeout: float) -> None:
         self.process_group = process_group
+        self.ranks: tuple[int, ...] = (0,)
         if process_group is None:
-            self.rank, self.size, self.ranks = 0, 1, (0,)
+            self.rank, self.size = 0, 1
         else:
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
             self.ranks = tuple(dist.get_process_group_ranks(process_group))
@@ -189,7 +190,7 @@ def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.Process
         return world if world is not None else _join_world()
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            names = group.mesh_dim_names or tuple(range(group.ndim))
+            names: tuple[str | int, ...] = group.mesh_dim_names or tuple(range(group.ndim))
             raise ValueError(
                 f"a group is one dimension of a DeviceMesh, this one has {group.ndim}: {names}; "
                 f"pass e.g. mesh[{names[-1]!r}]"
