@@ -38,8 +38,9 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
     curves.plot(steps, decoder["losses"], color=OURS, linewidth=1.2, label="tpweave, two ranks")
     curves.set_xlabel("step")
     curves.set_ylabel("loss")
+    curves.set_title("a decoder learns Python's source", fontsize=10)
     difference = f"largest difference {decoder['largest_difference']:.0e}"
-    curves.set_title(f"a decoder learns Python ({difference})", fontsize=10)
+    curves.text(0.03, 0.04, difference, transform=curves.transAxes, fontsize=9)
     curves.legend(frameon=False, fontsize=9)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)
