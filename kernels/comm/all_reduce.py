@@ -104,7 +104,7 @@ def _all_reduce_two_shot_kernel(
     mine = (tl.load(data_ptrs + rank) + half_offset).to(tl.pointer_type(dtype))
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     first = pid.to(tl.int64) * BLOCK
-    for source in tl.static_range(WORLD_SIZE):
+    for source in range(WORLD_SIZE):
         for start in range(first, slice_numel, step):
             offs = start + tl.arange(0, BLOCK)
             mask = (offs < slice_numel) & (source * slice_numel + offs < numel)
@@ -121,7 +121,7 @@ def _all_reduce_two_shot_kernel(
         tl.store(mine + offs, total, mask=mask)
     _publish(signal_ptrs, pid, rank, 2 * sequence + 2, WORLD_SIZE)
     _await(signal_ptrs, failed_ptr, pid, rank, 2 * sequence + 2, max_polls, WORLD_SIZE)
-    for source in tl.static_range(WORLD_SIZE):
+    for source in range(WORLD_SIZE):
         sums = (tl.load(data_ptrs + source) + half_offset).to(tl.pointer_type(dtype))
         for start in range(first, slice_numel, step):
             offs = start + tl.arange(0, BLOCK)
