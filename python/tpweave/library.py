@@ -12,6 +12,29 @@ import torch
 
 LIBRARY = torch.library.Library("tpweave", "DEF")
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain_call(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call on these tensors may run an op's implementation without going through torch.library.
+
+    That is an eager call, of which nothing (autograd, torch.compile, tracing, torch.func, a dispatch mode, a tensor
+    subclass) wants to know. The way through torch.library costs more than a norm of a few rows does.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (recording and tensor.requires_grad)):
+            return False
+    return True
+
 
 def register_op(
     schema: str,

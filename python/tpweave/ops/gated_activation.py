@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
-from tpweave.library import register_op
+from tpweave.library import is_plain_call, register_op
 from tpweave.native import _C, DTYPE_CODES, dense_last_dim
 from tpweave.reference.ops.gated_activation import gated_activation_reference
 
@@ -157,4 +157,5 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str = "silu", *, backend: s
             f"gated_activation: gate is {gate.dtype} {tuple(gate.shape)} on {gate.device}, "
             f"up is {up.dtype} {tuple(up.shape)} on {up.device}; they must match"
         )
-    return _gated_activation_op(gate, up, kind, backend)
+    run = _impl if is_plain_call(gate, up) else _gated_activation_op
+    return run(gate, up, kind, backend)

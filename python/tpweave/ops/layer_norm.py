@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
-from tpweave.library import register_op
+from tpweave.library import is_plain_call, register_op
 from tpweave.native import _C, DTYPE_CODES, data_ptr, parameter_for
 from tpweave.reference.ops.layer_norm import layer_norm_reference
 
@@ -220,5 +220,9 @@ def layer_norm(
     for name, other in (("weight", weight), ("bias", bias), ("residual", residual)):
         if other is not None and other.device != x.device:
             raise ValueError(f"layer_norm: {name} is on {other.device}, x on {x.device}")
-    y, h, _ = _layer_norm_op(x, weight, bias, eps, residual, backend)
+    if is_plain_call(x, weight, bias, residual):
+        row = LAYER_NORM.choose(Inputs((x, weight, bias, residual)), backend)
+        y, h, _ = row.run(x, weight, bias, eps, residual)
+    else:
+        y, h, _ = _layer_norm_op(x, weight, bias, eps, residual, backend)
     return y if residual is None else (y, h)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
-from tpweave.library import register_op
+from tpweave.library import is_plain_call, register_op
 from tpweave.native import _C, DTYPE_CODES, data_ptr, parameter_for
 from tpweave.reference.ops.rms_norm import rms_norm_reference
 
@@ -191,5 +191,9 @@ def rms_norm(
     for name, other in (("weight", weight), ("residual", residual)):
         if other is not None and other.device != x.device:
             raise ValueError(f"rms_norm: {name} is on {other.device}, x on {x.device}")
-    y, h, _ = _rms_norm_op(x, weight, eps, residual, backend)
+    if is_plain_call(x, weight, residual):
+        row = RMS_NORM.choose(Inputs((x, weight, residual)), backend)
+        y, h, _ = row.run(x, weight, eps, residual)
+    else:
+        y, h, _ = _rms_norm_op(x, weight, eps, residual, backend)
     return y if residual is None else (y, h)

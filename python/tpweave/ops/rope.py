@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
-from tpweave.library import register_op
+from tpweave.library import is_plain_call, register_op
 from tpweave.native import _C, DTYPE_CODES, dense_last_dim
 from tpweave.reference.ops.rope import rope_reference
 
@@ -142,4 +142,5 @@ def rope(
             raise ValueError(f"rope: {name} is on {other.device}, q on {q.device}")
     if cos.dtype not in (q.dtype, torch.float32) or cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
-    return _rope_op(q, k, cos, sin, interleaved, False, backend)
+    run = _impl if is_plain_call(q, k, cos, sin) else _rope_op
+    return run(q, k, cos, sin, interleaved, False, backend)

@@ -1,0 +1,67 @@
+"""The short way past torch.library is taken only where nothing could want to see the op."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tpweave
+from tpweave.library import is_plain_call
+
+
+def test_plain_tensors_and_parameters_are_plain():
+    x, weight = torch.ones(2, 8), torch.nn.Parameter(torch.ones(8))
+    assert is_plain_call(x, None)
+    assert not is_plain_call(x, weight)
+    with torch.no_grad():
+        assert is_plain_call(x, weight)
+    with torch.inference_mode():
+        assert is_plain_call(torch.ones(2))
+
+
+def test_fake_tensors_get_fake_results():
+    with FakeTensorMode():
+        x = torch.ones(2, 8)
+        assert not is_plain_call(x)
+        assert tpweave.rms_norm(x, None).shape == (2, 8)
+
+
+def test_tracing_sees_the_op():
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x: tpweave.layer_norm(x, None, None))(torch.ones(2, 8))
+    assert torch.ops.tpweave.layer_norm.default in {node.target for node in traced.graph.nodes}
+
+
+def test_transforms_see_the_op():
+    seen = []
+
+    def function(x):
+        seen.append(is_plain_call(x))
+        return x
+
+    torch.func.vmap(function)(torch.ones(2, 8))
+    torch.func.jvp(function, (torch.ones(2),), (torch.ones(2),))
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.ones(2))
+    assert seen == [False, False, False]
+
+
+def test_subclasses_see_the_op():
+    class Tagged(torch.Tensor):
+        pass
+
+    assert not is_plain_call(torch.ones(2).as_subclass(Tagged))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_both_ways_agree(grad):
+    x, gate = torch.randn(3, 40, requires_grad=grad), torch.randn(3, 40)
+    q, k, angles = torch.randn(1, 3, 2, 8, requires_grad=grad), torch.randn(1, 3, 1, 8), torch.randn(3, 4)
+    for call in (
+        lambda: tpweave.rms_norm(x, None, residual=gate),
+        lambda: tpweave.layer_norm(x, None, None, residual=gate),
+        lambda: (tpweave.gated_activation(x, gate),),
+        lambda: tpweave.rope(q, k, angles.cos(), angles.sin()),
+    ):
+        with torch.no_grad():
+            plain = call()
+        for a, b in zip(plain, call(), strict=True):
+            assert torch.equal(a, b) and b.requires_grad == grad
