@@ -48,7 +48,7 @@ format: $(VENV)/.extra-lint
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
 bench: $(VENV)/.extra-demo $(VENV)/.built
-	$(VENV)/bin/tpweave bench $(ARGS)
+	$(VENV)/bin/tpweave bench --out benchmarks/results $(ARGS)
 
 wheel: $(VENV)/.made
 	$(PIP) wheel --no-deps --wheel-dir dist .
