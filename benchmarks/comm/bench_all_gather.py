@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 import tpweave
-from benchmarks.registry import Bench, Case
+from tpweave.benchmarks.registry import Bench, Case
 
 
 def make(rows, columns, dim):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import tpweave
-from benchmarks.registry import Bench, Case
+from tpweave.benchmarks.registry import Bench, Case
 
 SIZES = {"4 KB": 4 << 10, "16 KB": 16 << 10, "64 KB": 64 << 10, "1 MB": 1 << 20, "16 MB": 16 << 20}
 

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 import tpweave
-from benchmarks.registry import Bench, Case, dtype_named
+from tpweave.benchmarks.registry import Bench, Case, dtype_named
 
 
 def make(rows, depth, columns, dtype):

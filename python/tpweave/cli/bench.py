@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def human_time(seconds: float) -> str:
     """`0.0000123` -> "12.3 us"."""
-    for unit, scale in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0)):
+    for unit, scale in (("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("s", 1.0)):
         if seconds < 1000 * scale or unit == "s":
             return f"{seconds / scale:.3g} {unit}" if seconds < 100 * scale else f"{seconds / scale:.0f} {unit}"
     raise AssertionError("unreachable")

@@ -99,10 +99,12 @@ def run(args: argparse.Namespace) -> int:
         output.print_json({"op": found.op, "chosen": found.chosen, "rows": rows, "asked": asked})
         return 0
     sizes = ", ".join("x".join(str(size) for size in shape) for shape in shapes)
-    rows = []
+    cells = []
     for name, reason in found.rows:
         takes = ("runs", "bold green") if name == found.chosen else ("could run", "green")
         state = takes if reason is None else ("off", "yellow")
-        rows.append((name, output.styled(*state), reason or ""))
-    output.print_table(console, f"{found.op}: {sizes} {args.dtype} on {args.device}", ("backend", "state", "why"), rows)
+        cells.append((name, output.styled(*state), reason or ""))
+    output.print_table(
+        console, f"{found.op}: {sizes} {args.dtype} on {args.device}", ("backend", "state", "why"), cells
+    )
     return 0

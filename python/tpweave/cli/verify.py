@@ -75,7 +75,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "failed": len(bad),
                 "dtypes": sorted({member["dtype"] for member in ran}),
                 "closest": closest,
-                "reason": "" if ran else members[0]["reason"],
+                "reason": "" if ran else members[0]["reason"].partition("': ")[2],
             }
         )
     return entries

@@ -8,13 +8,16 @@ import pathlib
 import sysconfig
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 import tpweave
 from tpweave.demo.report import Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LARGEST_LOSS_DIFFERENCE = 1e-3
 PROMPTS = ("import ", "def ", "class ")
@@ -45,7 +48,7 @@ class Recipe:
 SHORT = Recipe(least_steps=12, steps=12, new_tokens=24)
 
 
-def build_model() -> torch.nn.Module:
+def build_model() -> PreTrainedModel:
     """A byte-level LlamaForCausalLM of 2.3 million parameters, the same on all ranks."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,7 +94,7 @@ def train(
 
 
 @torch.inference_mode()
-def generate(model: torch.nn.Module, prompt: str, new_tokens: int) -> list[int]:
+def generate(model: Any, prompt: str, new_tokens: int) -> list[int]:
     """Greedy continuation of a prompt, as bytes."""
     model.eval()
     tokens = torch.tensor([list(prompt.encode())])
