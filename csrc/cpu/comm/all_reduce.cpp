@@ -10,8 +10,8 @@ namespace tpweave {
 namespace {
 
 // Up to this many bytes every rank reads all inputs and sums them itself: one round of signals, but R reads of the
-// whole. Measured on Zen 3 (2 ranks on 2 cores and 8 on 2): limits from 16 KB to 256 KB differ by less than the noise
-// of 10%, so the one with the fewest signals.
+// whole. Measured on Zen 3 (2 ranks on 2 cores and 8 on 2): limits from 16 KB to 256 KB differ by less than repeats
+// of one of them do, so the one with the fewest signals.
 constexpr int64_t kOneShotBytes = 256 * 1024;
 
 void one_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, DType dtype) {
