@@ -146,7 +146,7 @@ class Op:
         named = backend or env.forced_backend(self.name)
         if named is not None:
             return self._named(named, inputs)
-        reasons = []
+        reasons: list[str] = []
         for row in self.backends:
             reason = row.needs.why_not(inputs)
             if reason is None:

@@ -113,7 +113,8 @@ def run_ranks(
     context.set_forkserver_preload(["torch", "torch.distributed", "tpweave.native"])
     directory = tempfile.mkdtemp(prefix="tpweave-test-")
     store = os.path.join(directory, "store")
-    processes, pipes = [], {}
+    processes = []
+    pipes: dict[Any, int] = {}
     for rank in range(world_size):
         parent, child = context.Pipe(duplex=False)
         process = context.Process(
@@ -128,7 +129,7 @@ def run_ranks(
     deadline = time.monotonic() + timeout
     try:
         while pipes and not failures:
-            ready = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
+            ready: list[Any] = wait(list(pipes), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = ", ".join(str(rank) for rank in sorted(pipes.values()))
                 failures.append(f"rank(s) {late} had not finished after {timeout:.0f} s")
@@ -145,7 +146,8 @@ def run_ranks(
                 else:
                     failures.append(f"rank {rank} raised:\n{value}")
         # Let ranks that are failing too say why: the first report is often only the echo of another's.
-        for pipe in wait(list(pipes), timeout=1.0) if failures else ():
+        failing: list[Any] = wait(list(pipes), timeout=1.0) if failures else []
+        for pipe in failing:
             rank = pipes.pop(pipe)
             try:
                 status, value = pipe.recv()

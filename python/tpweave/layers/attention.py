@@ -135,6 +135,8 @@ class ParallelAttention(nn.Module):
         q, k, v = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if cos is not None and sin is not None:
             q, k = rope(q, k, cos, sin)
+        elif cos is not None or sin is not None:
+            raise ValueError("ParallelAttention needs both cos and sin, or neither")
         y = attend_local_heads(self.heads, q, k, v, causal=self.causal, mask=mask)
         return self.o_proj(y.flatten(2))
 

@@ -59,7 +59,7 @@ class ParallelMLP(nn.Module):
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, activation: str = "silu", gated: bool = True,
-        bias: bool = False, group: Any = None, splits: Sequence[int] | None = None, device: Any = None,
+        bias: bool = False, group: Any = None, splits: Sequence[int] | Shard | None = None, device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()

@@ -11,6 +11,8 @@ native row holds one KV head's packed keys and values per thread, never a score 
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
@@ -169,6 +171,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tenso
         )
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: tuple[int, int] = ...,
+    softmax_scale: float | None = ..., mask: Tensor | None = ..., return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., window: tuple[int, int] = ...,
+    softmax_scale: float | None = ..., mask: Tensor | None = ..., return_lse: bool,
+    backend: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None, mask: Tensor | None = None, return_lse: bool = False,

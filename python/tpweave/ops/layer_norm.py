@@ -10,6 +10,8 @@ Dims: H hidden, N all other dims together. Source: Ba, Kiros and Hinton, "Layer 
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
@@ -61,6 +63,8 @@ def layer_norm_bwd_cpu(
         dy.data_ptr(), data_ptr(dh), h.data_ptr(), data_ptr(weight), stats.data_ptr(), dx.data_ptr(), data_ptr(dw_db),
         stats.shape[1], h.shape[-1], DTYPE_CODES[h.dtype], parameter_code,
     )  # fmt: skip
+    if dw_db is None:
+        return dx, None, None
     return dx, None if weight is None else dw_db[0], dw_db[1] if has_bias else None
 
 
@@ -176,6 +180,26 @@ _layer_norm_op = register_op(
 )  # fmt: skip
 
 
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = ...,
+    *,
+    residual: None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = ...,
+    *,
+    residual: Tensor,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor,
     weight: Tensor | None,

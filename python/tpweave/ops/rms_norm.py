@@ -10,6 +10,8 @@ Dims: H hidden, N all other dims together. Source: Zhang and Sennrich, "Root Mea
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
@@ -51,7 +53,7 @@ def rms_norm_bwd_cpu(
         dy.data_ptr(), data_ptr(dh), h.data_ptr(), data_ptr(w), rstd.data_ptr(), dx.data_ptr(), data_ptr(dw),
         rstd.numel(), h.shape[-1], DTYPE_CODES[h.dtype], 0 if w is None else DTYPE_CODES[w.dtype],
     )  # fmt: skip
-    return dx, None if dw is None else dw.to(weight.dtype)
+    return dx, None if weight is None or dw is None else dw.to(weight.dtype)
 
 
 def rms_norm_fwd_triton(
@@ -71,7 +73,7 @@ def rms_norm_bwd_triton(
     dh = None if dh is None else dh.contiguous()
     w = None if weight is None else weight.contiguous()
     dx, dw = rms_norm_bwd(dy.contiguous(), dh, h.contiguous(), w, rstd)
-    return dx, None if dw is None else dw.to(weight.dtype)
+    return dx, None if weight is None or dw is None else dw.to(weight.dtype)
 
 
 def rms_norm_fwd_reference(
@@ -156,6 +158,14 @@ _rms_norm_op = register_op(
 )  # fmt: skip
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float = ..., *, residual: None = ..., backend: str | None = ...
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float = ..., *, residual: Tensor, backend: str | None = ...
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, residual: Tensor | None = None, backend: str | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ def use_attention(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 
 def attention_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None,
     local_size: int | None = None, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False, device: Any = "cpu", **kwargs: Any,

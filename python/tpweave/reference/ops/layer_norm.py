@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 
+@overload
+def layer_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = ..., *, residual: None = ...
+) -> torch.Tensor: ...
+@overload
+def layer_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = ..., *, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def layer_norm_reference(
     x: torch.Tensor,
     weight: torch.Tensor | None,

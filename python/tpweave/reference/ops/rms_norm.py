@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 
+@overload
+def rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float = ..., *, residual: None = ...
+) -> torch.Tensor: ...
+@overload
+def rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float = ..., *, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
