@@ -31,19 +31,15 @@ struct Float16 {
 inline size_t dtype_size(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
-    case DType::kInt64:
-      return 8;
+    case DType::kInt64: return 8;
     case DType::kFloat32:
-    case DType::kInt32:
-      return 4;
+    case DType::kInt32: return 4;
     case DType::kBFloat16:
     case DType::kFloat16:
-    case DType::kInt16:
-      return 2;
+    case DType::kInt16: return 2;
     case DType::kInt8:
     case DType::kUInt8:
-    case DType::kBool:
-      return 1;
+    case DType::kBool: return 1;
   }
   return 0;
 }

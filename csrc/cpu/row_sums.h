@@ -9,8 +9,8 @@
 
 namespace tpweave {
 
-// Calls run(partial, begin, end) for blocks of rows that depend on `rows` only; partial is [width], zeroed, one a block,
-// or null when `total` is. total [width] becomes the sum of the partials in block order.
+// Calls run(partial, begin, end) for blocks of rows that depend on `rows` only; partial is [width], zeroed, one a
+// block, or null when `total` is. total [width] becomes the sum of the partials in block order.
 template <typename Run>
 void sum_over_rows(int64_t rows, int64_t width, float* total, const Run& run) {
   // At least 64 rows a block, and at most 256 blocks: the partials stay small beside the rows.

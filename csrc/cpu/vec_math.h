@@ -1,6 +1,7 @@
 // Elementary functions on VecF, written once for every instruction set with the compilers' vector types.
 // x * sigmoid(x), x * normal(x).cdf and sigmoid(x) have a relative error below 1e-6 into the far tail
-// (tests/ops/test_gated_activation.py). Polynomials are minimax fits of the named function; NaN goes through, infinities give the limit.
+// (tests/ops/test_gated_activation.py). Polynomials are minimax fits of the named function; NaN goes through,
+// infinities give the limit.
 #pragma once
 
 #include "cpu/vec.h"

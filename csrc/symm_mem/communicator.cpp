@@ -15,9 +15,9 @@
 namespace tpweave {
 namespace {
 
-// 8 us of pauses (31 ns each, measured on Zen 3), ten times a whole 4 KB all_reduce. With more ranks than processors the
-// partner is not running and every pause delays it: 1000 of them made a 4 KB all_reduce of 8 ranks on 2 cores 12 times
-// slower.
+// 8 us of pauses (31 ns each, measured on Zen 3), ten times a whole 4 KB all_reduce. With more ranks than processors
+// the partner is not running and every pause delays it: 1000 of them made a 4 KB all_reduce of 8 ranks on 2 cores 12
+// times slower.
 constexpr int kSpins = 256;
 
 constexpr uint64_t kMicrosecond = 1000;

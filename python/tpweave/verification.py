@@ -217,7 +217,7 @@ def outputs_and_gradients(check: Check, inputs: Sequence[Any], backend: str | No
     if not wanted:
         return found
     weights = Draw("cpu", torch.float64)
-    loss = sum((o.double() * weights.normal(*o.shape).to(o.device)).sum() for o in outs if o.requires_grad)
+    loss: Any = sum((o.double() * weights.normal(*o.shape).to(o.device)).sum() for o in outs if o.requires_grad)
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
     return found + [torch.empty(0, dtype=w.dtype) if g is None else g for g, w in zip(grads, wanted, strict=True)]
 

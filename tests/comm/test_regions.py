@@ -71,8 +71,6 @@ def compiled(group, backend):
 CHECKS = {divided_network: ("1", "2", "3"), gather_and_scatter: ("1", "2", "3"), compiled: ("2",)}
 
 
-@pytest.mark.parametrize(
-    ("check", "world"), [(check, world) for check, worlds in CHECKS.items() for world in worlds]
-)
+@pytest.mark.parametrize(("check", "world"), [(check, world) for check, worlds in CHECKS.items() for world in worlds])
 def test_on_ranks(check, world):
     assert_check(None, CHECKS, check, None, world)

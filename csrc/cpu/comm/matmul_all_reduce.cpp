@@ -35,9 +35,15 @@ void small_matmul(uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_bk,
     const int64_t turn = rows - row < kMaxRows ? rows - row : kMaxRows;
     const auto* a_row = reinterpret_cast<const char*>(a) + row * stride_a * static_cast<int64_t>(dtype_size(dtype));
     kernels.pack_a(a_row, stride_a, turn, depth, dense_columns, dtype, packed.data());
-    const SmallMatmul args{packed.data(), reinterpret_cast<const void*>(b), reinterpret_cast<const void*>(bias),
-                           reinterpret_cast<float*>(out) + row * columns, turn, columns, depth,
-                           dense_columns ? stride_bn : stride_bk, dense_columns};
+    const SmallMatmul args{packed.data(),
+                           reinterpret_cast<const void*>(b),
+                           reinterpret_cast<const void*>(bias),
+                           reinterpret_cast<float*>(out) + row * columns,
+                           turn,
+                           columns,
+                           depth,
+                           dense_columns ? stride_bn : stride_bk,
+                           dense_columns};
     parallel_for(columns, column_grain(depth, dtype_size(dtype)),
                  [&](int64_t begin, int64_t end) { kernels.multiply(args, dtype, begin, end); });
   }

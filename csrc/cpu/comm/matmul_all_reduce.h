@@ -13,13 +13,13 @@ namespace tpweave {
 struct SmallMatmul {
   const void* packed_a;  // [rows, packed_depth(depth)], as pack_a leaves it
   const void* b;
-  const void* bias;      // [columns] or null
-  float* out;            // [rows, columns], dense
-  int64_t rows;          // at most kMaxRows
+  const void* bias;  // [columns] or null
+  float* out;        // [rows, columns], dense
+  int64_t rows;      // at most kMaxRows
   int64_t columns;
   int64_t depth;
-  int64_t stride_b;      // between columns of b where they are dense (b = w.t()), else between its dense rows
-  bool dense_columns;    // b[:, n] is dense: the kernel takes dot products; else b[k, :] is dense: it adds rows
+  int64_t stride_b;    // between columns of b where they are dense (b = w.t()), else between its dense rows
+  bool dense_columns;  // b[:, n] is dense: the kernel takes dot products; else b[k, :] is dense: it adds rows
 };
 
 // More rows are multiplied in turns of these: 16 rows of 2048 floats and the sums stay in the first two caches.
@@ -27,7 +27,8 @@ constexpr int64_t kMaxRows = 16;
 
 struct SmallMatmulKernels {
   // Copies a [rows, depth] into the form that multiply reads, zeros after `depth`. 4 * packed_depth bytes a row.
-  void (*pack_a)(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype, void* packed);
+  void (*pack_a)(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype,
+                 void* packed);
   // Computes columns [begin, end).
   void (*multiply)(const SmallMatmul& args, DType dtype, int64_t begin, int64_t end);
 };

@@ -116,7 +116,8 @@ void multiply_dense_rows(const SmallMatmul& args, int64_t begin, int64_t end) {
     for (; k + 8 <= args.depth; k += 8) add_rows<T, 8>(args, k, from, count, sums);
     for (; k < args.depth; ++k) add_rows<T, 1>(args, k, from, count, sums);
     for (int64_t m = 0; m < args.rows; ++m) {
-      __builtin_memcpy(args.out + m * args.columns + from, sums + m * count, static_cast<size_t>(count) * sizeof(float));
+      __builtin_memcpy(args.out + m * args.columns + from, sums + m * count,
+                       static_cast<size_t>(count) * sizeof(float));
     }
   }
 }
@@ -140,7 +141,8 @@ void pack(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool den
   }
 }
 
-void pack_a(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype, void* packed) {
+void pack_a(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype,
+            void* packed) {
   switch (dtype) {
     case DType::kBFloat16: pack<BFloat16>(a, stride_a, rows, depth, dense_columns, packed); break;
     case DType::kFloat16: pack<Float16>(a, stride_a, rows, depth, dense_columns, packed); break;

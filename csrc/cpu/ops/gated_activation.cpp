@@ -24,11 +24,10 @@ void forward(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t gate_stride, int
   const bool dense = gate_stride == width && up_stride == width;
   // Dense rows are one long row: no ragged end but the last.
   const GatedActivationForward args{pointer(gate), pointer(up), pointer(y),
-                                    gate_stride, up_stride, dense ? rows * width : width};
+                                    gate_stride,   up_stride,   dense ? rows * width : width};
   const GatedActivationKernels& kernels = select_gated_activation_kernels();
-  parallel_for(rows * width, kElementGrain, [&](int64_t begin, int64_t end) {
-    kernels.forward(args, dtype, kind, begin, end);
-  });
+  parallel_for(rows * width, kElementGrain,
+               [&](int64_t begin, int64_t end) { kernels.forward(args, dtype, kind, begin, end); });
 }
 
 void backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup, int64_t dy_stride,
@@ -36,12 +35,12 @@ void backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintp
   const DType dtype = check_float_dtype("gated_activation", dtype_code);
   const Activation kind = check_kind(kind_code);
   const bool dense = dy_stride == width && gate_stride == width && up_stride == width;
-  const GatedActivationBackward args{pointer(dy), pointer(gate), pointer(up), pointer(dgate), pointer(dup),
-                                     dy_stride, gate_stride, up_stride, dense ? rows * width : width};
+  const GatedActivationBackward args{pointer(dy),    pointer(gate), pointer(up),
+                                     pointer(dgate), pointer(dup),  dy_stride,
+                                     gate_stride,    up_stride,     dense ? rows * width : width};
   const GatedActivationKernels& kernels = select_gated_activation_kernels();
-  parallel_for(rows * width, kElementGrain, [&](int64_t begin, int64_t end) {
-    kernels.backward(args, dtype, kind, begin, end);
-  });
+  parallel_for(rows * width, kElementGrain,
+               [&](int64_t begin, int64_t end) { kernels.backward(args, dtype, kind, begin, end); });
 }
 
 }  // namespace

@@ -17,12 +17,19 @@ void forward(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, 
              uintptr_t stats, int64_t rows, int64_t hidden, float eps, int dtype_code, int weight_dtype_code) {
   const DType dtype = check_float_dtype("layer_norm", dtype_code);
   const DType weight_dtype = check_float_dtype("layer_norm", weight_dtype_code);
-  const LayerNormForward args{pointer(x), pointer(residual), pointer(weight), pointer(bias), pointer(y),
-                              pointer(residual_out), pointer<float>(stats), rows, hidden, eps};
+  const LayerNormForward args{pointer(x),
+                              pointer(residual),
+                              pointer(weight),
+                              pointer(bias),
+                              pointer(y),
+                              pointer(residual_out),
+                              pointer<float>(stats),
+                              rows,
+                              hidden,
+                              eps};
   const LayerNormKernels& kernels = select_layer_norm_kernels();
-  parallel_for(rows, row_grain(hidden), [&](int64_t begin, int64_t end) {
-    kernels.forward(args, dtype, weight_dtype, begin, end);
-  });
+  parallel_for(rows, row_grain(hidden),
+               [&](int64_t begin, int64_t end) { kernels.forward(args, dtype, weight_dtype, begin, end); });
 }
 
 void backward(uintptr_t dy, uintptr_t dresidual, uintptr_t x, uintptr_t weight, uintptr_t stats, uintptr_t dx,
@@ -31,8 +38,9 @@ void backward(uintptr_t dy, uintptr_t dresidual, uintptr_t x, uintptr_t weight, 
   const DType weight_dtype = check_float_dtype("layer_norm", weight_dtype_code);
   const LayerNormKernels& kernels = select_layer_norm_kernels();
   sum_over_rows(rows, 2 * hidden, pointer<float>(dw_db), [&](float* partial, int64_t begin, int64_t end) {
-    const LayerNormBackward args{pointer(dy), pointer(dresidual), pointer(x), pointer(weight), pointer<float>(stats),
-                                 pointer(dx), partial, rows, hidden};
+    const LayerNormBackward args{
+        pointer(dy), pointer(dresidual), pointer(x), pointer(weight), pointer<float>(stats), pointer(dx), partial, rows,
+        hidden};
     kernels.backward(args, dtype, weight_dtype, begin, end);
   });
 }

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
 #include "common/dtype.h"
+#include "cpu/isa.h"
 
 namespace tpweave {
 

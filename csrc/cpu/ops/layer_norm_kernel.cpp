@@ -40,7 +40,8 @@ void forward_rows(const LayerNormForward& args, int64_t begin, int64_t end) {
     if (args.residual != nullptr) {
       const T* residual = static_cast<const T*>(args.residual) + row * H;
       T* sum = static_cast<T*>(args.residual_out) + row * H;
-      for_each_vec(H, [&](int64_t i, auto part) { store(sum + i, load(x + i, part) + load(residual + i, part), part); });
+      for_each_vec(H,
+                   [&](int64_t i, auto part) { store(sum + i, load(x + i, part) + load(residual + i, part), part); });
       // The norm reads the rounded sum, as the layer after it does.
       x = sum;
     }
@@ -111,11 +112,11 @@ void forward(const LayerNormForward& args, DType dtype, DType weight_dtype, int6
   const bool wide = weight_dtype == DType::kFloat32;
   switch (dtype) {
     case DType::kBFloat16:
-      return wide ? forward_rows<BFloat16, float>(args, begin, end) : forward_rows<BFloat16, BFloat16>(args, begin, end);
+      return wide ? forward_rows<BFloat16, float>(args, begin, end)
+                  : forward_rows<BFloat16, BFloat16>(args, begin, end);
     case DType::kFloat16:
       return wide ? forward_rows<Float16, float>(args, begin, end) : forward_rows<Float16, Float16>(args, begin, end);
-    default:
-      return forward_rows<float, float>(args, begin, end);
+    default: return forward_rows<float, float>(args, begin, end);
   }
 }
 
@@ -123,11 +124,11 @@ void backward(const LayerNormBackward& args, DType dtype, DType weight_dtype, in
   const bool wide = weight_dtype == DType::kFloat32;
   switch (dtype) {
     case DType::kBFloat16:
-      return wide ? backward_rows<BFloat16, float>(args, begin, end) : backward_rows<BFloat16, BFloat16>(args, begin, end);
+      return wide ? backward_rows<BFloat16, float>(args, begin, end)
+                  : backward_rows<BFloat16, BFloat16>(args, begin, end);
     case DType::kFloat16:
       return wide ? backward_rows<Float16, float>(args, begin, end) : backward_rows<Float16, Float16>(args, begin, end);
-    default:
-      return backward_rows<float, float>(args, begin, end);
+    default: return backward_rows<float, float>(args, begin, end);
   }
 }
 

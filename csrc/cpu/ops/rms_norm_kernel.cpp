@@ -37,7 +37,8 @@ void forward_rows(const RmsNormForward& args, int64_t begin, int64_t end) {
     if (args.residual != nullptr) {
       const T* residual = static_cast<const T*>(args.residual) + row * H;
       T* sum = static_cast<T*>(args.residual_out) + row * H;
-      for_each_vec(H, [&](int64_t i, auto part) { store(sum + i, load(x + i, part) + load(residual + i, part), part); });
+      for_each_vec(H,
+                   [&](int64_t i, auto part) { store(sum + i, load(x + i, part) + load(residual + i, part), part); });
       // The norm reads the rounded sum, as the layer after it does.
       x = sum;
     }
@@ -45,9 +46,8 @@ void forward_rows(const RmsNormForward& args, int64_t begin, int64_t end) {
     args.rstd[row] = rstd;
     const VecF scale = set1(rstd);
     if (weight != nullptr) {
-      for_each_vec(H, [&](int64_t i, auto part) {
-        store(y + i, load(x + i, part) * scale * load(weight + i, part), part);
-      });
+      for_each_vec(
+          H, [&](int64_t i, auto part) { store(y + i, load(x + i, part) * scale * load(weight + i, part), part); });
     } else {
       for_each_vec(H, [&](int64_t i, auto part) { store(y + i, load(x + i, part) * scale, part); });
     }
@@ -91,11 +91,11 @@ void forward(const RmsNormForward& args, DType dtype, DType weight_dtype, int64_
   const bool wide = weight_dtype == DType::kFloat32;
   switch (dtype) {
     case DType::kBFloat16:
-      return wide ? forward_rows<BFloat16, float>(args, begin, end) : forward_rows<BFloat16, BFloat16>(args, begin, end);
+      return wide ? forward_rows<BFloat16, float>(args, begin, end)
+                  : forward_rows<BFloat16, BFloat16>(args, begin, end);
     case DType::kFloat16:
       return wide ? forward_rows<Float16, float>(args, begin, end) : forward_rows<Float16, Float16>(args, begin, end);
-    default:
-      return forward_rows<float, float>(args, begin, end);
+    default: return forward_rows<float, float>(args, begin, end);
   }
 }
 
@@ -103,11 +103,11 @@ void backward(const RmsNormBackward& args, DType dtype, DType weight_dtype, int6
   const bool wide = weight_dtype == DType::kFloat32;
   switch (dtype) {
     case DType::kBFloat16:
-      return wide ? backward_rows<BFloat16, float>(args, begin, end) : backward_rows<BFloat16, BFloat16>(args, begin, end);
+      return wide ? backward_rows<BFloat16, float>(args, begin, end)
+                  : backward_rows<BFloat16, BFloat16>(args, begin, end);
     case DType::kFloat16:
       return wide ? backward_rows<Float16, float>(args, begin, end) : backward_rows<Float16, Float16>(args, begin, end);
-    default:
-      return backward_rows<float, float>(args, begin, end);
+    default: return backward_rows<float, float>(args, begin, end);
   }
 }
 

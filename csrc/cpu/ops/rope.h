@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
 #include "common/dtype.h"
+#include "cpu/isa.h"
 
 namespace tpweave {
 
@@ -21,8 +21,8 @@ struct RopeTensor {
   int64_t heads;
 };
 
-// cos and sin are [B, S, half] (stride_b may be 0), of x's dtype or fp32. Pairs are (i, i + half), or (2i, 2i + 1) where
-// `interleaved`. `inverse` turns the other way: the backward.
+// cos and sin are [B, S, half] (stride_b may be 0), of x's dtype or fp32. Pairs are (i, i + half), or (2i, 2i + 1)
+// where `interleaved`. `inverse` turns the other way: the backward.
 struct RopeArgs {
   RopeTensor tensors[2];
   const void* cos;

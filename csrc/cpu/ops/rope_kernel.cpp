@@ -1,4 +1,5 @@
-// Rotary embedding kernels, compiled once per instruction set. One position's angles are widened once, its heads follow.
+// Rotary embedding kernels, compiled once per instruction set. One position's angles are widened once, its heads
+// follow.
 #include "cpu/ops/rope.h"
 
 #include "cpu/vec.h"
@@ -79,8 +80,7 @@ void run(const RopeArgs& args, DType dtype, DType angle_dtype, int64_t begin, in
       return wide ? rotate<BFloat16, float>(args, begin, end) : rotate<BFloat16, BFloat16>(args, begin, end);
     case DType::kFloat16:
       return wide ? rotate<Float16, float>(args, begin, end) : rotate<Float16, Float16>(args, begin, end);
-    default:
-      return rotate<float, float>(args, begin, end);
+    default: return rotate<float, float>(args, begin, end);
   }
 }
 

@@ -50,7 +50,8 @@ def _rows(x: Tensor) -> Tensor:
 def small_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a @ b + bias in fp32, [M, N], by the kernel that reads b once."""
     a = a if a.stride(1) == 1 else a.contiguous()
-    b, stride_k, stride_n = (b, *b.stride()) if 1 in b.stride() else (b.contiguous(), b.shape[1], 1)
+    b = b if 1 in b.stride() else b.contiguous()
+    stride_k, stride_n = b.stride()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
     _C.small_matmul(

@@ -120,6 +120,7 @@ def _cpu_memory(group: TPGroup, device: torch.device, nbytes: int, sequence: int
 def _cuda_memory(group: TPGroup, device: torch.device, nbytes: int, sequence: int) -> PeerMemory:
     import torch.distributed._symmetric_memory as symm_mem
 
+    assert group.process_group is not None
     half = _aligned(nbytes)
     # Signals first, then the data.
     memory = symm_mem.empty(SIGNAL_BYTES + 2 * half, dtype=torch.uint8, device=device)
