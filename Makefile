@@ -30,10 +30,10 @@ test: $(VENV)/.extra-test $(VENV)/.built
 
 # The AVX-512 kernels, compiled over AVX2. A processor that has AVX-512 BF16 has run them in `make test` already.
 test-emulated: $(VENV)/.extra-test $(VENV)/.built
-	@if [ "$$($(VENV)/bin/python tools/emulation_use.py)" = run ]; then \
+	@if [ "$$($(VENV)/bin/python .ci/emulation_use.py)" = run ]; then \
 	  $(MAKE) --no-print-directory build/emulated/.built && \
-	  PYTHONPATH=$(CURDIR)/build/emulated $(VENV)/bin/python -m pytest -q tests/ops tests/comm -k avx512; \
-	else echo "test-emulated: skipped, $$($(VENV)/bin/python tools/emulation_use.py)"; fi
+	  PYTHONPATH=$(CURDIR)/build/emulated $(VENV)/bin/python -m pytest -q tests/ops tests/comm tests/distributed -k avx512; \
+	else echo "test-emulated: skipped, $$($(VENV)/bin/python .ci/emulation_use.py)"; fi
 
 lint: $(VENV)/.extra-lint $(VENV)/.built
 	$(VENV)/bin/ruff check .
@@ -63,11 +63,11 @@ clean:
 	rm -rf build dist python/*.egg-info *.egg-info python/tpweave/_C*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(VENV)/.built
 
-$(VENV)/.made: constraints.txt tools/preflight.py
+$(VENV)/.made: constraints.txt .ci/preflight.py
 	@command -v $(PYTHON) >/dev/null || { echo "tpweave: $(PYTHON) was not found; install Python 3.10 to 3.14." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { \
 	  echo "tpweave: Python 3.10 to 3.14 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) tools/preflight.py
+	@$(PYTHON) .ci/preflight.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt setuptools pybind11
 	@touch $@

@@ -37,7 +37,7 @@ def public_stems():
 
 
 def source_files():
-    for folder in ("csrc", "kernels", "python", "benchmarks", "tests", "tools"):
+    for folder in ("csrc", "kernels", "python", "benchmarks", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in SOURCE_SUFFIXES:
                 yield path

@@ -114,7 +114,7 @@ def test_preflight_names_what_is_missing(tmp_path, path, seen):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n".replace("cat", "/bin/cat"))
         (tmp_path / name).chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "tools/preflight.py")]
+    command = [sys.executable, str(ROOT / ".ci/preflight.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
