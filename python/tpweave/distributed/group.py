@@ -11,6 +11,7 @@ names or LOCAL_WORLD_SIZE. Building a group is therefore a collective: all its r
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any, Union
 
@@ -131,6 +132,17 @@ class TPGroup:
 
 
 _generations: dict[str, int] = {}
+
+
+@atexit.register
+def _release_groups() -> None:
+    """Let go of every process group while the interpreter stands.
+
+    One that lives on into the destruction of static objects aborts the process: gloo's threads are gone by then.
+    """
+    for group in list(TPGroup._by_name.values()):
+        group.destroy()
+        group.process_group = None
 
 
 def init(group: GroupLike = None, *, timeout: float | None = None) -> TPGroup:
