@@ -1,4 +1,4 @@
-"""The one place that knows Transformers' interfaces. Written against versions 5.17 to 5.23; imports it lazily.
+"""The one place that knows Transformers' interfaces: written for 5.17 to 5.23, tested with 5.23. Imports it lazily.
 
 Attention functions of Transformers get q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D] and a mask that a mask function made
 for their name. Both are registered under `ATTENTION_NAME`: a name without a mask function would silently lose all
