@@ -9,7 +9,7 @@ import tpweave
 from tpweave.dispatch import Inputs
 from tpweave.errors import BackendUnavailableError
 from tpweave.ops.attention import ATTENTION
-from tpweave.reference.ops.attention import attention_backward_reference, attention_reference
+from tpweave.reference.ops.attention import AttentionOptions, attention_backward_reference, attention_reference
 from tpweave.testing import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -96,14 +96,19 @@ def case_oracle(case, kind, dtype):
     q, k, v = make(shape, dtype)
     mask = make_mask(kind, shape[0], shape[2])
     settings = {**settings, "mask": mask}
-    want = attention_reference(*doubles(q, k, v), return_lse=True, **key_mask_4d(settings))
+    want = reference(*doubles(q, k, v), **settings)
     return (q, k, v), mask, want, plain(q, k, v, **settings)
 
 
+def reference(q, k, v, **settings):
+    settings.setdefault("softmax_scale", q.shape[-1] ** -0.5)
+    return attention_reference(q, k, v, AttentionOptions(**key_mask_4d(settings)))
+
+
 def check(q, k, v, **settings):
-    want = attention_reference(*doubles(q, k, v), return_lse=True, **settings)
+    want = reference(*doubles(q, k, v), **settings)
     # In fp16 the scores of large inputs overflow; elsewhere the whole computation is in the dtype.
-    same = attention_reference(q, k, v, **settings) if q.dtype == torch.float16 else plain(q, k, v, **settings)
+    same = reference(q, k, v, **settings)[0] if q.dtype == torch.float16 else plain(q, k, v, **settings)
     check_results(q, tpweave.attention(q, k, v, return_lse=True, **settings), want, same)
 
 
@@ -232,15 +237,15 @@ def test_gradients_match_float64(case, dtype, with_lse):
     for kind in ("none", "padding"):
         mask = make_mask(kind, shape[0], shape[2])
 
-        def reference(q, k, v, mask=mask):
-            return attention_reference(q, k, v, return_lse=True, **key_mask_4d({**settings, "mask": mask}))
+        def plain_torch(q, k, v, mask=mask):
+            return reference(q, k, v, **settings, mask=mask)
 
         def ours(q, k, v, mask=mask):
             return tpweave.attention(q, k, v, return_lse=True, mask=mask, **settings)
 
         wide_lse = None if grad_lse is None else grad_lse.double()
-        wants = gradients(reference, *doubles(q, k, v, grad_out), wide_lse)
-        sames = gradients(reference, q, k, v, grad_out, grad_lse)
+        wants = gradients(plain_torch, *doubles(q, k, v, grad_out), wide_lse)
+        sames = gradients(plain_torch, q, k, v, grad_out, grad_lse)
         for got, want, same in zip(gradients(ours, q, k, v, grad_out, grad_lse), wants, sames, strict=True):
             # The saved out is rounded to the dtype, once more than in autograd's own graph.
             assert_accurate(got, want, same, factor=3.0)
@@ -264,11 +269,12 @@ def test_backward_in_chunks_of_heads(monkeypatch):
     q, k, v = make((2, 30, 40, 6, 3, 16, 8), torch.float32)
     mask = torch.rand(2, 6, 30, 40) > 0.2
     settings = {"causal": True, "window": (9, 0), "softmax_scale": 0.2, "mask": mask}
-    out, lse = attention_reference(q, k, v, return_lse=True, **settings)
-    args = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
-    whole = attention_backward_reference(*args, **settings)
+    options = AttentionOptions(**settings)
+    out, lse = attention_reference(q, k, v, options)
+    args = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, options)
+    whole = attention_backward_reference(*args)
     monkeypatch.setattr("tpweave.reference.ops.attention._CHUNK_ELEMENTS", 1)
-    for a, b in zip(whole, attention_backward_reference(*args, **settings), strict=True):
+    for a, b in zip(whole[:3], attention_backward_reference(*args)[:3], strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -277,7 +283,10 @@ def test_opcheck_and_compile(with_mask):
     q, k, v = (x.requires_grad_() for x in make((2, 20, 24, 4, 2, 16, 8), torch.float32))
     mask = make_mask("padding", 2, 24) if with_mask else None
     four = None if mask is None else mask[:, None, None]
-    torch.library.opcheck(torch.ops.tpweave.attention.default, (q, k, v, four, True, -1, -1, 0.25, None))
+    torch.library.opcheck(
+        torch.ops.tpweave.attention.default,
+        (q, k, v, four, None, None, None, None, True, -1, -1, 0, 0.25, 0.0, 0.0, 0, None),
+    )
 
     def function(q, k, v):
         return tpweave.attention(q, k, v, causal=True, mask=mask, return_lse=True)
@@ -292,7 +301,7 @@ def test_opcheck_and_compile(with_mask):
 def test_masks_of_queries_and_heads_run_the_reference():
     q, k, v = make((2, 20, 24, 4, 2, 16, 16), torch.float32)
     mask = torch.rand(2, 4, 20, 24) > 0.3
-    want = attention_reference(*doubles(q, k, v), mask=mask)
+    want = reference(*doubles(q, k, v), mask=mask)[0]
     torch.testing.assert_close(tpweave.attention(q, k, v, mask=mask).double(), want, rtol=1e-5, atol=1e-5)
     reasons = dict(ATTENTION.supported(Inputs([q, k, v], mask=mask)))
     assert "[2, 4, 20, 24]" in reasons["cpu"] and reasons["reference"] is None

@@ -5,112 +5,242 @@ Dims: B batch, Sq queries, Sk keys, Hq query heads, Hkv KV heads (Hq = G * Hkv),
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 Tensor = torch.Tensor
 
-# Elements of one score matrix [B, heads, Sq, Sk] that the backward holds at a time (four of that size are alive).
+# Elements of one score matrix [B, heads, Sq, Sk] that the backward holds at a time (a few of that size are alive).
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def visible_keys(
-    queries: int, keys: int, causal: bool, window: tuple[int, int], device: torch.device | None = None
-) -> Tensor | None:
-    """Which keys each query sees, [Sq, Sk] bool, or None where all do.
+class AttentionOptions(NamedTuple):
+    """How scores become weights. Query i stands at p = i + Sk - Sq (aligned bottom-right):
 
-    Query i stands at key i + Sk - Sq (aligned bottom-right) and sees `window = (left, right)` keys to either side, -1
-    for no limit; `causal` sets right to 0.
+        x = softmax_scale * (q_i . k_j);  x = softcap * tanh(x / softcap);  x -= alibi_slopes[h] * |p - j|;  x += bias
+
+    Attributes:
+        softmax_scale: factor of the products.
+        causal: sets the window's right to 0.
+        window: (left, right) keys seen around p, -1 for no limit.
+        chunk: where > 0, only keys with j // chunk == p // chunk are seen.
+        softcap: 0 for none.
+        alibi_slopes: fp32 [Hq] or [B, Hq].
+        bias: floating, 4 dims that broadcast to [B, Hq, Sq, Sk].
+        mask: bool, likewise, True for keys seen.
+        sinks: [Hq], a logit that joins each row's sum and takes no value.
+        dropout_p: share of the weights that are dropped; the others are divided by 1 - dropout_p.
+        seed: int64 tensor of one element, the dropout's.
+        head_offset: number of the first query head in the dropout's count.
     """
+
+    softmax_scale: float
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    chunk: int = 0
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    head_offset: int = 0
+
+    def of_heads(self, heads: slice) -> AttentionOptions:
+        """The options of some query heads only."""
+
+        def part(x: Tensor | None, dim: int) -> Tensor | None:
+            return x if x is None or x.shape[dim] == 1 else x.movedim(dim, 0)[heads].movedim(0, dim)
+
+        return self._replace(
+            alibi_slopes=part(self.alibi_slopes, -1), bias=part(self.bias, 1), mask=part(self.mask, 1),
+            sinks=part(self.sinks, 0), head_offset=self.head_offset + heads.start,
+        )  # fmt: skip
+
+
+def visible_keys(
+    queries: int, keys: int, causal: bool, window: tuple[int, int], device: torch.device | None = None, chunk: int = 0
+) -> Tensor | None:
+    """Which keys each query sees by its position, [Sq, Sk] bool, or None where all do: see `AttentionOptions`."""
     left, right = window[0], 0 if causal else window[1]
-    if left < 0 and right < 0:
+    if left < 0 and right < 0 and chunk == 0:
         return None
-    offset = torch.arange(keys, device=device) - (torch.arange(queries, device=device)[:, None] + keys - queries)
+    key = torch.arange(keys, device=device)
+    position = torch.arange(queries, device=device)[:, None] + keys - queries
     visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if left >= 0:
-        visible &= offset >= -left
+        visible &= key >= position - left
     if right >= 0:
-        visible &= offset <= right
+        visible &= key <= position + right
+    if chunk > 0:
+        visible &= key // chunk == position.div(chunk, rounding_mode="floor")
     return visible
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, visible: Tensor | None, mask: Tensor | None) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * scale
-    for allowed in (visible, mask):
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
-    return scores
+def _multiply_high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    product = a * b  # wraps in int64: the bits are those of the unsigned product
+    return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
+
+
+def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10: four words of 32 random bits, in int64, for each counter of four. Source: Salmon et al.,
+    "Parallel random numbers: as easy as 1, 2, 3", 2011."""
+    key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        high0, low0 = _multiply_high_low(0xD2511F53, c0)
+        high1, low1 = _multiply_high_low(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def dropout_keep(
+    seed: Tensor | int, dropout_p: float, shape: tuple[int, int, int, int], device: torch.device | None = None,
+    *, first_batch: int = 0, first_head: int = 0,
+) -> Tensor:  # fmt: skip
+    """The weights that dropout keeps, [B, Hq, Sq, Sk] bool: the same on every backend.
+
+    Key j of query i, head h, batch entry b is kept when a word of Philox with the key `seed` is at least
+    round(dropout_p * 2^32): word (j % 64) // 16 of the counter (j // 64 * 16 + j % 16, i, h, b). Sixteen neighbouring
+    counters give 64 neighbouring keys, so that vectors of 4, 8 or 16 lanes draw without shuffles.
+    """
+    batch, heads, queries, keys = shape
+    blocks = -(-keys // 64)
+    sizes = (batch, heads, queries, blocks * 16)
+    b, h, i, column = (
+        torch.arange(first, first + n, device=device).view([-1 if d == dim else 1 for d in range(4)])
+        for dim, (first, n) in enumerate(zip((first_batch, first_head, 0, 0), sizes, strict=True))
+    )
+    words = philox(int(seed), (column.expand(sizes), i.expand(sizes), h.expand(sizes), b.expand(sizes)))
+    lanes = torch.stack([word.unflatten(-1, (blocks, 16)) for word in words], -2)
+    return lanes.flatten(-3)[..., :keys] >= min(round(dropout_p * 2**32), 2**32 - 1)
 
 
 def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.transpose(1, 2).to(dtype)
 
 
-def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: tuple[int, int] = (-1, -1),
-    softmax_scale: float | None = None, mask: Tensor | None = None, return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """out = softmax(scale * q k^T) v over the keys that the window and the mask allow; 0 where there are none.
+def _capped(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor | None]:
+    """Scaled products after the softcap, and their tanh where there is one; q and k with heads first."""
+    scores = q @ k.transpose(-1, -2) * options.softmax_scale
+    if options.softcap == 0:
+        return scores, None
+    tanh = torch.tanh(scores / options.softcap)
+    return options.softcap * tanh, tanh
 
-    q: [B, Sq, Hq, D]; k: [B, Sk, Hkv, D]; v: [B, Sk, Hkv, Dv]; mask: bool, broadcastable to [B, Hq, Sq, Sk], True for
-    keys seen. Returns out [B, Sq, Hq, Dv] of q's dtype; with return_lse also the log of the softmax's sum [B, Hq, Sq]
-    in fp32 (fp64 for fp64), -inf where no key is seen.
+
+def _logits(scores: Tensor, options: AttentionOptions) -> Tensor:
+    queries, keys = scores.shape[-2:]
+    if options.alibi_slopes is not None:
+        position = torch.arange(queries, device=scores.device)[:, None] + keys - queries
+        distance = (position - torch.arange(keys, device=scores.device)).abs()
+        scores = scores - options.alibi_slopes.to(scores.dtype)[..., None, None] * distance
+    if options.bias is not None:
+        scores = scores + options.bias.to(scores.dtype)
+    visible = visible_keys(queries, keys, options.causal, options.window, scores.device, options.chunk)
+    for allowed in (visible, options.mask):
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores
+
+
+def _kept(weights: Tensor, options: AttentionOptions, first_batch: int) -> Tensor | None:
+    """Factors of dropout, 0 or 1 / (1 - p), or None without."""
+    if options.dropout_p == 0:
+        return None
+    if options.seed is None:
+        raise ValueError("attention: dropout needs a seed")
+    shape = (weights.shape[0], weights.shape[1], weights.shape[2], weights.shape[3])
+    keep = dropout_keep(
+        options.seed, options.dropout_p, shape, weights.device, first_batch=first_batch, first_head=options.head_offset
+    )
+    return keep.to(weights.dtype) / (1 - options.dropout_p) if options.dropout_p < 1 else torch.zeros_like(weights)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, *, first_batch: int = 0
+) -> tuple[Tensor, Tensor]:
+    """out = dropout(softmax(x)) v over the keys that are seen; 0 where there are none.
+
+    q: [B, Sq, Hq, D]; k: [B, Sk, Hkv, D]; v: [B, Sk, Hkv, Dv]; `first_batch`: number of the first batch entry in the
+    dropout's count. Returns out [B, Sq, Hq, Dv] of q's dtype and lse [B, Hq, Sq] in fp32 (fp64 for fp64): the log of
+    the softmax's sum, the sink in it, -inf where nothing is in it.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group = q.shape[2] // k.shape[2]
     qh = _heads_first(q, wide)
     kh, vh = (_heads_first(x, wide).repeat_interleave(group, 1) for x in (k, v))
-    scores = _scores(qh, kh, scale, visible_keys(q.shape[1], k.shape[1], causal, window, q.device), mask)
-    if k.shape[1] == 0:
-        out, lse = qh.new_zeros(*qh.shape[:3], v.shape[-1]), qh.new_full(qh.shape[:3], float("-inf"))
-    else:
-        top = scores.detach().amax(-1, keepdim=True)
-        top = top.masked_fill(top == float("-inf"), 0.0)
-        weights = torch.exp(scores - top)
-        total = weights.sum(-1, keepdim=True)
-        empty = total == 0
-        total = total.masked_fill(empty, 1.0)
-        out = weights @ vh / total
-        lse = (top + total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
-    out = out.transpose(1, 2).to(q.dtype)
-    return (out, lse) if return_lse else out
+    x = _logits(_capped(qh, kh, options)[0], options)
+    sinks = None if options.sinks is None else options.sinks.to(wide)[:, None, None].expand(*qh.shape[:3], 1)
+    # A column for the sink, or one that weighs nothing: rows without keys need no case of their own.
+    joined = torch.cat([x, x.new_full((*qh.shape[:3], 1), float("-inf")) if sinks is None else sinks], -1)
+    top = joined.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = torch.exp(joined - top)
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    weights = weights[..., :-1]
+    factors = _kept(weights, options, first_batch)
+    out = (weights if factors is None else weights * factors) @ vh / total
+    lse = (top + total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
+    return out.transpose(1, 2).to(q.dtype), lse
 
 
 def attention_backward_reference(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, causal: bool, window: tuple[int, int], softmax_scale: float, mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options: AttentionOptions, *, first_batch: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `attention_reference`'s (out, lse) from what the forward returned, a few KV heads at a time.
 
-        P = exp(scale * q k^T - lse);  dv = P^T dout;  dP = dout v^T
-        dS = P * (dP - rowsum(dout * out) + dlse);  dq = scale * dS k;  dk = scale * dS^T q
+        P = exp(x - lse);  F = dropout's factors;  dv = (P F)^T dout;  dP = F (dout v^T)
+        dx = P (dP - rowsum(dout out) + dlse);  dbias = dx;  dS = dx (1 - tanh^2)
+        dq = scale dS k;  dk = scale dS^T q;  dsink_h = sum exp(sink_h - lse) (dlse - rowsum(dout out))
 
-    Shapes as there; `dlse` [B, Hq, Sq] or None. Returns dq, dk, dv of the inputs' shapes and dtypes. Source: Dao et
-    al., "FlashAttention", 2022.
+    Shapes as there; `dlse` [B, Hq, Sq] or None. Returns dq, dk, dv, dbias, dsinks of the inputs' shapes and dtypes, the
+    last two None without such an input. Source: Dao et al., "FlashAttention", 2022.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    visible = visible_keys(queries, keys, causal, window, q.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dbias = None if options.bias is None else torch.zeros(options.bias.shape, dtype=wide, device=q.device)
+    dsinks = None if options.sinks is None else torch.empty_like(options.sinks)
     step = max(1, _CHUNK_ELEMENTS // max(1, batch * group * queries * keys))
     for first in range(0, kv_heads, step):
         kv = slice(first, min(first + step, kv_heads))
         hq = slice(kv.start * group, kv.stop * group)
+        part = options.of_heads(hq)
         # [B, heads, S, D], the KV heads once for each query head
         qh, doh, oh = (_heads_first(x[:, :, hq], wide) for x in (q, dout, out))
         kh, vh = (_heads_first(x[:, :, kv], wide).repeat_interleave(group, 1) for x in (k, v))
-        part = mask[:, hq] if mask is not None and mask.shape[1] > 1 else mask
         row_lse = lse[:, hq, :, None].to(wide)
-        row_lse = row_lse.masked_fill(row_lse == float("-inf"), 0.0)
-        p = torch.exp(_scores(qh, kh, softmax_scale, visible, part) - row_lse)
+        finite_lse = row_lse.masked_fill(row_lse == float("-inf"), 0.0)
+        scores, tanh = _capped(qh, kh, part)
+        p = torch.exp(_logits(scores, part) - finite_lse)
         row = (doh * oh).sum(-1, keepdim=True)
         if dlse is not None:
             row = row - dlse[:, hq, :, None].to(wide)
-        ds = p * (doh @ vh.transpose(-1, -2) - row) * softmax_scale
+        factors = _kept(p, part, first_batch)
+        dp = doh @ vh.transpose(-1, -2)
+        dx = p * ((dp if factors is None else dp * factors) - row)
+        if dbias is not None:
+            slot = dbias[:, hq] if dbias.shape[1] > 1 else dbias
+            slot += dx.sum_to_size(slot.shape)
+        if dsinks is not None and part.sinks is not None:
+            sink = part.sinks.to(wide)[:, None, None]
+            mass = torch.exp(sink - finite_lse).masked_fill(row_lse == float("-inf"), 0.0)
+            dsinks[hq] = -(mass * row).sum((0, 2, 3)).to(dsinks.dtype)
+        ds = dx * options.softmax_scale
+        if tanh is not None:
+            ds = ds * (1 - tanh * tanh)
         dq[:, :, hq] = (ds @ kh).transpose(1, 2).to(q.dtype)
-        for grad, whole in ((dk, ds.transpose(-1, -2) @ qh), (dv, p.transpose(-1, -2) @ doh)):
+        weights = p if factors is None else p * factors
+        for grad, whole in ((dk, ds.transpose(-1, -2) @ qh), (dv, weights.transpose(-1, -2) @ doh)):
             summed = whole.unflatten(1, (kv.stop - kv.start, group)).sum(2)
             grad[:, :, kv] = summed.transpose(1, 2).to(grad.dtype)
-    return dq, dk, dv
+    return dq, dk, dv, None if dbias is None or options.bias is None else dbias.to(options.bias.dtype), dsinks
