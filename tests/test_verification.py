@@ -18,7 +18,10 @@ def test_every_operation_has_a_check():
 
 def test_all_rows_pass_here():
     results = list(run_checks(dtypes=(torch.float32, torch.bfloat16)))
-    assert {r.op for r in results} == {check.op for check in CHECKS if not check.collective}
+    ops = dispatch.load_ops()
+    # The reference is what the others are checked against.
+    checked = {check.op for check in CHECKS if not check.collective and len(ops[check.op].backends) > 1}
+    assert {r.op for r in results} == checked
     assert [r for r in results if r.status in ("wrong", "error")] == []
     assert all(r.error <= r.bound for r in results)
 

@@ -18,6 +18,7 @@ _EXPORTS = {
     "all_reduce_": "tpweave.comm.all_reduce",
     "all_to_all": "tpweave.comm.all_to_all",
     "attention": "tpweave.ops.attention",
+    "attention_varlen": "tpweave.ops.attention_varlen",
     "explain": "tpweave.dispatch",
     "gated_activation": "tpweave.ops.gated_activation",
     "init": "tpweave.distributed.group",

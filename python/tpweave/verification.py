@@ -106,6 +106,23 @@ def _attention_inputs(draw: Draw) -> tuple[Tensor, ...]:
     return draw.normal(2, 33, 4, 40), draw.normal(2, 45, 2, 40), draw.normal(2, 45, 2, 24), seen
 
 
+def _packed(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
+
+
+def _varlen_inputs(draw: Draw) -> tuple[Tensor, ...]:
+    """Sequences of 5, 0, 33 and 12 queries on 9, 4, 45 and 7 keys of 4 heads on 2, and the offsets of both."""
+    q, k, v = draw.normal(50, 4, 40), draw.normal(65, 2, 40), draw.normal(65, 2, 24)
+    return q, k, v, _packed((5, 0, 33, 12), draw.device), _packed((9, 4, 45, 7), draw.device)
+
+
+def _paged_inputs(draw: Draw) -> tuple[Tensor, ...]:
+    """Those queries and offsets, with the keys in pages of 8, one of them shared."""
+    q, _, _, cu_q, cu_k = _varlen_inputs(draw)
+    table = torch.tensor([[3, 7, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 2, 4, 6, 8, 5], [3, 0, 0, 0, 0, 0]])
+    return q, draw.normal(9, 8, 2, 40), draw.normal(9, 8, 2, 24), cu_q, cu_k, table.to(draw.device, torch.int32)
+
+
 def _uneven(draw: Draw) -> list[int]:
     return [3 + rank for rank in range(draw.ranks)]
 
@@ -161,6 +178,18 @@ CHECKS: tuple[Check, ...] = (
         "attention", "padding mask",
         _attention_inputs,
         lambda i, backend, _: tpweave.attention(*i[:3], mask=i[3], backend=backend),
+    ),
+    Check(
+        "attention_varlen", "causal, 4 sequences, heads 4/2",
+        _varlen_inputs,
+        lambda i, backend, _: tpweave.attention_varlen(*i, 33, 45, causal=True, return_lse=True, backend=backend),
+    ),
+    Check(
+        "attention_varlen", "window 7, 3 over pages of 8",
+        _paged_inputs,
+        lambda i, backend, _: tpweave.attention_varlen(
+            *i[:5], 33, 45, block_table=i[5], window=(7, 3), backend=backend
+        ),
     ),
     *(
         Check(

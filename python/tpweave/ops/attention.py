@@ -220,12 +220,13 @@ def dropout_seed(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
     return torch.tensor([seed], dtype=torch.int64)
 
 
-def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, *, dims: str) -> None:
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, *, dims: str, key_dims: str | None = None) -> None:
     """Raise ValueError where q, k and v are not of one dtype and device, or their heads and head dims do not fit."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    key_dims = dims if key_dims is None else key_dims
+    for name, x, wanted in (("q", q, dims), ("k", k, key_dims), ("v", v, key_dims)):
         shape = tuple(x.shape)
-        if x.dim() != len(dims.split(",")):
-            raise ValueError(f"{op}: {name} has shape {shape}, it needs {len(dims.split(','))} dims [{dims}]")
+        if x.dim() != len(wanted.split(",")):
+            raise ValueError(f"{op}: {name} has shape {shape}, it needs {len(wanted.split(','))} dims [{wanted}]")
         if not x.is_floating_point() or x.dtype != q.dtype:
             raise ValueError(f"{op}: {name} is {x.dtype}, q is {q.dtype}; all need one floating-point dtype")
         if x.device != q.device:
