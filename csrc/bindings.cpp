@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+
 #include "bindings.h"
 #include "common/cpu_features.h"
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 
 namespace py = pybind11;
@@ -20,6 +23,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_active_isa", &set_active_isa, py::arg("name"));
   m.def("openmp_runtime", &openmp_runtime);
   m.def("max_threads", &max_threads);
+  m.def("prefer_huge_pages", [](uintptr_t data, size_t bytes) { prefer_huge_pages(data, bytes); });
+  m.def("environment_has", [](const char* name) { return std::getenv(name) != nullptr; });
 
   register_attention(m);
   register_gated_activation(m);

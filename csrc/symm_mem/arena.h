@@ -70,9 +70,8 @@ struct alignas(4096) ArenaControl {
 };
 
 // Bytes of a rank's slot, of which it has two of each kind, and so the length of a chunk. Measured on Zen 3 (two
-// cores), all_reduce of 1 to 16 MB: at 2 ranks 128 KB to 512 KB differ by less than repeats of one of them do; at 8
-// ranks repeats differ by up to 1.4x and no length wins in all; 64 KB costs 10% there. The longest has the fewest
-// waits.
+// cores, 512 KB of L2 each), all_reduce in place of 1 to 16 MB: at 2 ranks 256 KB takes 1.1 to 1.2 times as long as 512
+// KB, 128 KB 1.3 to 1.5 times, 1 MB 0.95 times; at 8 ranks 512 KB wins, and 2 MB takes 1.3 times as long.
 constexpr int64_t kSlotBytes = 512 * 1024;
 
 // One mapping of the arena. Several communicators of one process (ranks as threads) may share it.

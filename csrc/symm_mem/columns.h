@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/stream_copy.h"
 
 namespace tpweave {
 
@@ -46,9 +47,11 @@ inline void pack(char* flat, const Columns& from, int64_t begin, int64_t end) {
   });
 }
 
-inline void unpack(const Columns& to, const char* flat, int64_t begin, int64_t end) {
+// `stream`: past the caches; the caller fences. Pieces shorter than a page are not worth it.
+inline void unpack(const Columns& to, const char* flat, int64_t begin, int64_t end, bool stream = false) {
+  const auto copy = stream && (to.dense() || to.width >= 4096) ? &stream_copy : &plain_copy;
   for_each_piece(to, begin, end, [&](char* inside, int64_t at, int64_t bytes) {
-    std::memcpy(inside, flat + (at - begin), static_cast<size_t>(bytes));
+    copy(inside, flat + (at - begin), static_cast<size_t>(bytes));
   });
 }
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 
+from tpweave.native import _C
+
 NAMES = ("TPWEAVE_ISA", "TPWEAVE_BACKEND", "TPWEAVE_TIMEOUT", "TPWEAVE_TRANSPORT", "TRITON_INTERPRET")
 
 
 def forced_backend(op: str) -> str | None:
     """The backend that TPWEAVE_BACKEND names for `op`, or None."""
-    setting = os.environ.get("TPWEAVE_BACKEND")
+    # Asked in every call: os.environ takes 1.4 us to say that there is none, getenv 0.2 us.
+    setting = os.environ.get("TPWEAVE_BACKEND") if _C.environment_has("TPWEAVE_BACKEND") else None
     if not setting:
         return None
     for item in setting.split(","):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch  # loads the OpenMP runtime that _C looks up; must come first
 
 from tpweave import _C
@@ -26,6 +28,22 @@ def data_ptr(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# Below this a tensor has no whole huge page for sure.
+_HUGE_BYTES = 4 << 20
+
+
+def new_output(x: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """An uninitialised, dense tensor of x's dtype and device, and of x's shape where none is given.
+
+    Large ones on the CPU ask for huge pages: malloc returns tensors of more than 32 MB to the system when they are
+    freed, and touching the next one page by page takes longer than a collective (32 MB: 25 against 6 ms, Zen 3).
+    """
+    out = torch.empty_like(x) if shape is None else x.new_empty(shape)
+    if out.nbytes >= _HUGE_BYTES and out.is_cpu:
+        _C.prefer_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def dense_last_dim(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where neighbours in its last dim are neighbours in memory, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -40,4 +58,4 @@ def parameter_for(x: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tens
     return parameter.contiguous()
 
 
-__all__ = ["DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "parameter_for"]
+__all__ = ["DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "new_output", "parameter_for"]

@@ -123,6 +123,36 @@ def test_all_to_all_with_uneven_splits(world_size):
     run_ranks(world_size, exchanges)
 
 
+def large_outputs(rank, world_size):
+    """Large enough to be written past the caches, into memory that does not begin with a cache line."""
+    group = tpweave.init(timeout=60)
+    dtype = torch.float32
+    numel = (34 << 20) // (2 * world_size * dtype.itemsize) + 5
+    code, size = DTYPE_CODES[dtype], dtype.itemsize
+    xs = [torch.arange(numel).remainder_(97 + peer).to(dtype) for peer in range(world_size)]
+    out = torch.full((world_size * numel + 4,), -1.0, dtype=dtype)[3:-1]
+    group.shm.all_reduce(xs[rank].data_ptr(), out.data_ptr(), numel, code)
+    assert same_bits(out[:numel], sum_in_rank_order(xs)) and (out[numel:] == -1).all()
+    group.shm.all_gather(xs[rank].data_ptr(), out.data_ptr(), 1, [numel * size] * world_size)
+    assert same_bits(out, torch.cat(xs))
+    inner = numel // world_size * size
+    group.shm.all_to_all(xs[rank].data_ptr(), out.data_ptr(), 1, [inner] * world_size, [inner] * world_size)
+    part = slice(inner // size * rank, inner // size * (rank + 1))
+    assert same_bits(out[: inner // size * world_size], torch.cat([x[part] for x in xs]))
+    # Columns of a few pages, and of a few elements: one is streamed, the other is not.
+    for rows in (500, 100_000):
+        width = numel // rows
+        shards = [x[: rows * width].view(rows, width) for x in xs]
+        got = out[: world_size * rows * width].view(rows, world_size * width)
+        group.shm.all_gather(shards[rank].data_ptr(), got.data_ptr(), rows, [width * size] * world_size)
+        assert same_bits(got, torch.cat(shards, 1))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_outputs_larger_than_the_caches(world_size):
+    run_ranks(world_size, large_outputs)
+
+
 def refused(rank, world_size):
     shm = tpweave.init(timeout=30).shm
     for call, words in (

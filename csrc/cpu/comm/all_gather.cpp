@@ -15,6 +15,9 @@ void all_gather(ShmCommunicator& comm, const void* in, void* out, int64_t outer,
   const std::lock_guard<std::mutex> lock(comm.mutex());
   comm.enter({CollectiveOp::kAllGather, DType::kUInt8, outer, 0, inner_bytes.data(), size, nullptr, 0});
   const char* mine = static_cast<const char*>(in);
+  int64_t total = 0;
+  for (int r = 0; r < size; ++r) total += parts[r].bytes();
+  const bool stream = total * (size + 1) >= kStreamBytes;
   exchange(
       comm, kSlotBytes,
       [&](char* slot, int64_t begin, int64_t end) {
@@ -23,13 +26,14 @@ void all_gather(ShmCommunicator& comm, const void* in, void* out, int64_t outer,
       },
       [&] { return most; },
       [&](const auto& slots, int64_t begin, int64_t end, const auto& wait) {
-        unpack(parts[rank], mine + begin, begin, parts[rank].clip(end));
+        unpack(parts[rank], mine + begin, begin, parts[rank].clip(end), stream);
         for (int k = 1; k < size; ++k) {
           const int peer = (rank + k) % size;
           wait(peer);
-          unpack(parts[peer], slots(peer), begin, parts[peer].clip(end));
+          unpack(parts[peer], slots(peer), begin, parts[peer].clip(end), stream);
         }
       });
+  if (stream) stream_fence();
 }
 
 }  // namespace tpweave

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/check.h"
+#include "common/stream_copy.h"
 #include "symm_mem/communicator.h"
 
 namespace tpweave {
@@ -13,6 +14,9 @@ namespace {
 // whole. Measured on Zen 3 (2 ranks on 2 cores and 8 on 2): limits from 16 KB to 256 KB differ by less than repeats
 // of one of them do, so the one with the fewest signals.
 constexpr int64_t kOneShotBytes = 256 * 1024;
+
+// Sums on their way past the caches pass through the first one.
+constexpr int64_t kStreamBlock = 16 * 1024;
 
 void one_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, DType dtype) {
   const void* sources[kMaxRanks];
@@ -45,6 +49,9 @@ void two_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, D
     return r * part < length ? r * part : length;
   };
 
+  const bool stream = in != out && 2 * bytes * size >= kStreamBytes;
+  const auto copy_out = stream ? &stream_copy : &plain_copy;
+
   comm.publish_arrival();
   comm.await_arrivals();
   comm.begin_steps(released(chunks - 1));
@@ -63,10 +70,15 @@ void two_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, D
       comm.publish_step(input(c));
       // Partner: input(c) above.
       comm.await_step_of_all(input(c));
-      const void* sources[kMaxRanks];
-      for (int r = 0; r < size; ++r) sources[r] = (r == rank ? mine : comm.chunk_slot(r, c)) + begin;
-      select_reduce_kernels().sum(
-          {sources, size, slot + begin, out + c * kSlotBytes + begin, (end - begin) / element, false}, dtype);
+      const int64_t block = stream ? kStreamBlock : length;
+      for (int64_t at = begin; at < end; at += block) {
+        const int64_t part = end - at < block ? end - at : block;
+        char* sums = out + c * kSlotBytes + at;
+        const void* sources[kMaxRanks];
+        for (int r = 0; r < size; ++r) sources[r] = (r == rank ? mine : comm.chunk_slot(r, c)) + at;
+        select_reduce_kernels().sum({sources, size, slot + at, stream ? nullptr : sums, part / element, false}, dtype);
+        if (stream) stream_copy(sums, slot + at, static_cast<size_t>(part));
+      }
       comm.publish_step(reduced(c));
     }
     if (c > 0) {
@@ -76,12 +88,13 @@ void two_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, D
         const int64_t begin = first(length, peer);
         // Partner: the peer's reduced(c-1) above.
         comm.await_step(peer, reduced(c - 1));
-        std::memcpy(out + (c - 1) * kSlotBytes + begin, comm.chunk_slot(peer, c - 1) + begin,
-                    static_cast<size_t>(first(length, peer + 1) - begin));
+        copy_out(out + (c - 1) * kSlotBytes + begin, comm.chunk_slot(peer, c - 1) + begin,
+                 static_cast<size_t>(first(length, peer + 1) - begin));
       }
       comm.publish_step(released(c - 1));
     }
   }
+  if (stream) stream_fence();
   comm.leave();
 }
 

@@ -16,6 +16,10 @@ void all_to_all(ShmCommunicator& comm, const void* in, void* out, int64_t outer,
 
   const std::lock_guard<std::mutex> lock(comm.mutex());
   comm.enter({CollectiveOp::kAllToAll, DType::kUInt8, outer, 0, in_inner.data(), size, out_inner.data(), most});
+  // What this rank writes, times the ranks: which way bytes are copied may differ between them.
+  int64_t total = 0;
+  for (int r = 0; r < size; ++r) total += receives[r].bytes();
+  const bool stream = 2 * total * size >= kStreamBytes;
   const int64_t piece = kSlotBytes / size / 64 * 64;
   exchange(
       comm, piece,
@@ -35,9 +39,10 @@ void all_to_all(ShmCommunicator& comm, const void* in, void* out, int64_t outer,
         for (int k = 1; k < size; ++k) {
           const int peer = (rank + k) % size;
           wait(peer);
-          unpack(receives[peer], slots(peer) + rank * piece, begin, receives[peer].clip(end));
+          unpack(receives[peer], slots(peer) + rank * piece, begin, receives[peer].clip(end), stream);
         }
       });
+  if (stream) stream_fence();
 }
 
 }  // namespace tpweave

@@ -21,6 +21,7 @@ from tpweave.distributed.exchange import agree, describe, exchange_all, flat_byt
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, check_splits
 from tpweave.library import register_op
+from tpweave.native import new_output
 from tpweave.reference.comm.all_gather import all_gather_reference
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def all_gather_local(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int])
 def all_gather_shm(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]) -> Tensor:
     x = x.contiguous()
     shape = x.shape
-    out = x.new_empty((*shape[:dim], sum(splits), *shape[dim + 1 :]))
+    out = new_output(x, (*shape[:dim], sum(splits), *shape[dim + 1 :]))
     inner = prod(shape[dim + 1 :]) * x.element_size()
     group.shm.all_gather(x.data_ptr(), out.data_ptr(), prod(shape[:dim]), [size * inner for size in splits])
     return out

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.graph import increment_version
 
 from tpweave.comm.call import SUM_CODES, check_tensor, direct, local_objection, native_sum_objection, pg_objection
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
@@ -24,6 +25,7 @@ from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.peer_memory import peer_memory, peer_memory_objection
 from tpweave.distributed.splits import even_splits
 from tpweave.library import register_op
+from tpweave.native import new_output
 from tpweave.reference.comm.all_reduce import all_reduce_reference, sum_in_rank_order
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def all_reduce_local(x: Tensor, group: TPGroup) -> Tensor:
 
 def all_reduce_shm(x: Tensor, group: TPGroup) -> Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = new_output(x)
     group.shm.all_reduce(x.data_ptr(), out.data_ptr(), x.numel(), SUM_CODES[x.dtype], x.shape)
     return out
 
@@ -138,7 +140,7 @@ def all_reduce(x: Tensor, group: GroupLike = None, *, backend: str | None = None
     """
     code = SUM_CODES.get(x.dtype)
     if code is not None and (found := direct("all_reduce", x, group, backend)) is not None:
-        out = torch.empty_like(x)
+        out = new_output(x)
         found.shm.all_reduce(x.data_ptr(), out.data_ptr(), x.numel(), code, x.shape)
         return out
     _check("all_reduce", x)
@@ -156,8 +158,9 @@ def all_reduce_(x: Tensor, group: GroupLike = None, *, backend: str | None = Non
     """
     code = SUM_CODES.get(x.dtype)
     if code is not None and (found := direct("all_reduce", x, group, backend)) is not None:
-        torch.autograd.graph.increment_version(x)
-        found.shm.all_reduce(x.data_ptr(), x.data_ptr(), x.numel(), code, x.shape)
+        increment_version(x)
+        data = x.data_ptr()
+        found.shm.all_reduce(data, data, x.numel(), code, x.shape)
         return x
     _check("all_reduce_", x)
     if x.requires_grad and torch.is_grad_enabled():

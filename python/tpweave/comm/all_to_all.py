@@ -19,6 +19,7 @@ from tpweave.distributed.exchange import exchange_pieces
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, check_splits, even_splits
 from tpweave.library import register_op
+from tpweave.native import new_output
 from tpweave.reference.comm.all_to_all import agree_on_pieces, all_to_all_reference
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def all_to_all_local(
 def all_to_all_shm(x: Tensor, dim: int, group: TPGroup, in_splits: Sequence[int], out_splits: Sequence[int]) -> Tensor:
     x = x.contiguous()
     shape = x.shape
-    out = x.new_empty((*shape[:dim], sum(out_splits), *shape[dim + 1 :]))
+    out = new_output(x, (*shape[:dim], sum(out_splits), *shape[dim + 1 :]))
     inner = prod(shape[dim + 1 :]) * x.element_size()
     group.shm.all_to_all(
         x.data_ptr(), out.data_ptr(), prod(shape[:dim]), [n * inner for n in in_splits], [n * inner for n in out_splits]

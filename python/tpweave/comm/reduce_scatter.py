@@ -22,6 +22,7 @@ from tpweave.distributed.exchange import agree, describe, exchange_pieces
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, check_splits, even_splits
 from tpweave.library import register_op
+from tpweave.native import new_output
 from tpweave.reference.comm.all_reduce import sum_in_rank_order
 from tpweave.reference.comm.reduce_scatter import reduce_scatter_reference
 
@@ -38,7 +39,7 @@ def reduce_scatter_local(x: Tensor, dim: int, group: TPGroup, splits: Sequence[i
 def reduce_scatter_shm(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int], average: bool) -> Tensor:
     x = x.contiguous()
     shape = x.shape
-    out = x.new_empty((*shape[:dim], splits[group.rank], *shape[dim + 1 :]))
+    out = new_output(x, (*shape[:dim], splits[group.rank], *shape[dim + 1 :]))
     inner = prod(shape[dim + 1 :])
     group.shm.reduce_scatter(
         x.data_ptr(), out.data_ptr(), prod(shape[:dim]), [n * inner for n in splits], SUM_CODES[x.dtype], average

@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from tpweave import env
 from tpweave.distributed.symmetric_memory import SymmetricBuffer, join
 
+_DISTRIBUTED = dist.is_available()
+
 # What the public ops take as `group`.
 GroupLike = Union["TPGroup", "dist.ProcessGroup", DeviceMesh, None]
 
@@ -189,6 +191,11 @@ def resolve_group(group: GroupLike = None) -> TPGroup:
     """
     if isinstance(group, TPGroup):
         return group
+    # The default group first, by the short way: small collectives live by their call's overhead.
+    world = dist.group.WORLD if group is None and _DISTRIBUTED else None
+    found = None if world is None else TPGroup._by_process_group.get(world)
+    if found is not None:
+        return found
     found = TPGroup._by_process_group.get(_process_group(group))
     return found if found is not None else init(group)
 
@@ -196,7 +203,7 @@ def resolve_group(group: GroupLike = None) -> TPGroup:
 def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
     """The process group meant; None means a lone process."""
     if group is None:
-        if not dist.is_available():
+        if not _DISTRIBUTED:
             return None
         world = dist.group.WORLD
         return world if world is not None else _join_world()
