@@ -1,19 +1,22 @@
-// Entry of attention: checks, working memory, and the order in which threads pack KV heads and run query tiles.
+// Entry of attention: working memory, and the order in which threads pack KV heads and run query tiles.
 #include "cpu/ops/attention.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sched.h>
 
-#include <array>
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "bindings.h"
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensor.h"
+#include "cpu/ops/attention_problem.h"
 
 namespace py = pybind11;
 
@@ -26,153 +29,270 @@ constexpr int64_t kTilesPerTicket = 8;
 // Multiply-adds below which a second thread costs more than it brings (a wake-up takes 2 us on Zen 3).
 constexpr int64_t kWorkPerThread = 1 << 18;
 
+// Working memory up to this size stays with the thread that called: fresh pages cost small calls more than the work.
+constexpr int64_t kKeptBytes = 16 << 20;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 struct FreeAligned {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
 };
-using Memory = std::unique_ptr<char[], FreeAligned>;
 
-Memory allocate(int64_t bytes) {
-  return Memory(static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
-}
+class Workspace {
+ public:
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_.reset(static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t(64))));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+  void trim() {
+    if (size_ <= kKeptBytes) return;
+    memory_.reset();
+    size_ = 0;
+  }
 
-// Hands out the work of a call as numbered tickets, taken in order by all threads. Packed heads live in a ring
-// of `slots`; head h is packed `ahead` heads before its query tiles are handed out. A ticket waits only for
+ private:
+  std::unique_ptr<char[], FreeAligned> memory_;
+  int64_t size_ = 0;
+};
+
+// How a sequence's KV heads are worked on: all alike.
+struct Plan {
+  int64_t tile_rows, tiles, packs, key_tiles;
+  bool streamed;  // one tile could have all rows: no packing ahead
+};
+
+// Hands out the work of a call as numbered tickets, taken in order by all threads. Packed heads live in a ring of
+// slots. A head is packed halfway through the tiles of the one `ahead` places before it. A ticket waits only for
 // tickets with lower numbers, which running threads hold, so that the lowest unfinished one never waits.
 class Schedule {
  public:
-  enum class Kind { kPack, kTile, kEnd };
-  struct Ticket {
-    Kind kind;
-    int64_t head, index;
+  struct Segment {
+    int64_t begin;  // its first ticket
+    int64_t head;
+    int64_t index;  // of the first ticket, among the head's packs or tiles
+    bool pack;
+  };
+  struct Cursor {
+    size_t segment = 0;
   };
 
-  Schedule(int64_t heads, int64_t packs, int64_t tiles, int64_t slots)
-      : heads_(heads),
-        packs_(packs),
-        tiles_(tiles),
-        slots_(slots),
-        ahead_(slots / 2 < heads ? slots / 2 : heads),
-        packed_(static_cast<size_t>(heads)),
-        done_(static_cast<size_t>(heads)) {}
-
-  Ticket take() {
-    int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
-    if (ticket < ahead_ * packs_) return {Kind::kPack, ticket / packs_, ticket % packs_};
-    ticket -= ahead_ * packs_;
-    const int64_t round = packs_ + tiles_;
-    const int64_t full_rounds = heads_ - ahead_;
-    if (ticket < full_rounds * round) {
-      const int64_t head = ticket / round;
-      const int64_t index = ticket % round;
-      if (index < packs_) return {Kind::kPack, head + ahead_, index};
-      return {Kind::kTile, head, index - packs_};
+  Schedule(const std::vector<Plan>& plans, const std::vector<int64_t>& order, int64_t kv_heads, int64_t ahead)
+      : plans_(plans), kv_heads_(kv_heads), ahead_(ahead) {
+    for (const int64_t batch : order) {
+      for (int64_t h = 0; h < kv_heads && plans[static_cast<size_t>(batch)].tiles > 0; ++h) {
+        heads_.push_back(batch * kv_heads + h);
+        if (!plan(heads_.back()).streamed) packed_heads_.push_back(heads_.back());
+      }
     }
-    ticket -= full_rounds * round;
-    const int64_t head = full_rounds + ticket / tiles_;
-    return {head < heads_ ? Kind::kTile : Kind::kEnd, head, ticket % tiles_};
+    const auto packed = static_cast<int64_t>(packed_heads_.size());
+    ahead_ = std::min(ahead_, packed);
+    slots_ = std::min(ahead_ + 1, packed);
+    ranks_.resize(plans.size() * static_cast<size_t>(kv_heads), -1);
+    for (int64_t i = 0; i < packed; ++i) ranks_[static_cast<size_t>(packed_heads_[static_cast<size_t>(i)])] = i;
+    packed_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(packed));
+    done_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(packed));
+
+    for (int64_t i = 0; i < ahead_; ++i) add_packs(i);
+    for (const int64_t head : heads_) {
+      const int64_t tiles = plan(head).tiles;
+      const int64_t rank = rank_of(head);
+      if (rank < 0 || rank + ahead_ >= packed) {
+        add(head, 0, tiles, false);
+        continue;
+      }
+      const int64_t half = ahead_ > 0 ? (tiles + 1) / 2 : 0;
+      add(head, 0, half, false);
+      add_packs(rank + ahead_);
+      add(head, half, tiles - half, false);
+    }
+    segments_.push_back({tickets_, -1, 0, false});
   }
 
-  int64_t slot(int64_t head) const { return head % slots_; }
+  struct Ticket {
+    int64_t head, index;  // head -1: there is no more work
+    bool pack;
+  };
+
+  Ticket take(Cursor& cursor) {
+    const int64_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
+    if (ticket >= tickets_) return {-1, 0, false};
+    while (segments_[cursor.segment + 1].begin <= ticket) ++cursor.segment;
+    const Segment& segment = segments_[cursor.segment];
+    return {segment.head, segment.index + ticket - segment.begin, segment.pack};
+  }
+
+  const Plan& plan(int64_t head) const { return plans_[static_cast<size_t>(head / kv_heads_)]; }
+  int64_t slots() const { return slots_; }
+  int64_t slot(int64_t head) const { return rank_of(head) % slots_; }
 
   // The acquire pairs with finish_tile of the slot's previous head: its readers are done before it is overwritten.
   void wait_slot_free(int64_t head) const {
-    if (head >= slots_) wait(done_[static_cast<size_t>(head - slots_)], tiles_);
+    const int64_t rank = rank_of(head) - slots_;
+    if (rank >= 0) wait(done_[static_cast<size_t>(rank)], plan(packed_heads_[static_cast<size_t>(rank)]).tiles);
   }
   // The acquire pairs with finish_pack: what was packed is visible.
-  void wait_packed(int64_t head) const { wait(packed_[static_cast<size_t>(head)], packs_); }
-  void finish_pack(int64_t head) { packed_[static_cast<size_t>(head)].fetch_add(1, std::memory_order_release); }
-  void finish_tile(int64_t head) { done_[static_cast<size_t>(head)].fetch_add(1, std::memory_order_release); }
+  void wait_packed(int64_t head) const { wait(packed_[static_cast<size_t>(rank_of(head))], plan(head).packs); }
+  void finish_pack(int64_t head) {
+    packed_[static_cast<size_t>(rank_of(head))].fetch_add(1, std::memory_order_release);
+  }
+  void finish_tile(int64_t head) { done_[static_cast<size_t>(rank_of(head))].fetch_add(1, std::memory_order_release); }
 
  private:
+  int64_t rank_of(int64_t head) const { return ranks_[static_cast<size_t>(head)]; }
+
+  void add_packs(int64_t rank) {
+    const int64_t head = packed_heads_[static_cast<size_t>(rank)];
+    add(head, 0, plan(head).packs, true);
+  }
+
+  void add(int64_t head, int64_t index, int64_t count, bool pack) {
+    if (count == 0) return;
+    segments_.push_back({tickets_, head, index, pack});
+    tickets_ += count;
+  }
+
   // No deadline: the threads waited for are in this region and run kernels that neither block nor throw.
   static void wait(const std::atomic<int64_t>& count, int64_t enough) {
     while (count.load(std::memory_order_acquire) < enough) sched_yield();
   }
 
-  const int64_t heads_, packs_, tiles_, slots_, ahead_;
+  const std::vector<Plan>& plans_;
+  const int64_t kv_heads_;
+  int64_t ahead_, slots_ = 0, tickets_ = 0;
+  std::vector<int64_t> heads_, packed_heads_, ranks_;
+  std::vector<Segment> segments_;
   std::atomic<int64_t> next_{0};
   std::vector<std::atomic<int64_t>> packed_, done_;
 };
 
-void run(const AttentionForward& args, DType dtype, int64_t batch) {
-  const AttentionKernels& kernels = select_attention_kernels();
-  const int64_t group = args.heads / args.kv_heads;
-  const int64_t kv_heads = batch * args.kv_heads;
-  const int64_t query_tiles = (args.queries + kernels.query_rows - 1) / kernels.query_rows;
-  const int64_t key_tiles = (args.keys + kernels.key_tile - 1) / kernels.key_tile;
-
-  const int64_t work = batch * args.heads * args.queries * (args.keys + 1) * (args.depth + args.depth_v);
-  int64_t threads = 1 + work / kWorkPerThread;
-  threads = threads < max_threads() ? threads : max_threads();
-  threads = threads < kv_heads * group * query_tiles ? threads : kv_heads * group * query_tiles;
-
-  const int64_t slots = threads == 1 ? 1 : threads + 1 < kv_heads ? threads + 1 : kv_heads;
-  const int64_t packs = threads == 1 ? 1 : 1 + key_tiles / kTilesPerTicket;
-  const int64_t packed_bytes = (kernels.packed_bytes(args, dtype) + 63) / 64 * 64;
-  const int64_t scratch_bytes = (kernels.scratch_bytes + 63) / 64 * 64;
-  const Memory packed = allocate(slots * packed_bytes);
-  const Memory scratch = allocate(threads * scratch_bytes);
-
-  Schedule schedule(kv_heads, packs, group * query_tiles, slots);
-  parallel_region(static_cast<int>(threads), [&](int thread, int) {
-    for (;;) {
-      const Schedule::Ticket ticket = schedule.take();
-      if (ticket.kind == Schedule::Kind::kEnd) return;
-      const int64_t b = ticket.head / args.kv_heads;
-      const int64_t kv_head = ticket.head % args.kv_heads;
-      char* slot = packed.get() + schedule.slot(ticket.head) * packed_bytes;
-      if (ticket.kind == Schedule::Kind::kPack) {
-        schedule.wait_slot_free(ticket.head);
-        kernels.pack(args, dtype, b, kv_head, key_tiles * ticket.index / packs, key_tiles * (ticket.index + 1) / packs,
-                     slot);
-        schedule.finish_pack(ticket.head);
-        continue;
-      }
-      schedule.wait_packed(ticket.head);
-      // The last tile of a causal head sees the most keys: it goes first, so that threads end together.
-      const int64_t tile = query_tiles - 1 - ticket.index / group;
-      kernels.query_tile(args, dtype, b, kv_head * group + ticket.index % group, tile * kernels.query_rows, slot,
-                         scratch.get() + thread * scratch_bytes);
-      schedule.finish_tile(ticket.head);
+class Forward {
+ public:
+  explicit Forward(const AttentionForward& args) : args_(args), problem_(args.problem) {
+    const size_t batch = static_cast<size_t>(problem_.batch);
+    plans_.resize(batch);
+    order_.resize(batch);
+    std::iota(order_.begin(), order_.end(), 0);
+    // Large head dims: half the rows, so that queries and sums stay in L2.
+    row_limit_ = problem_.depth + problem_.depth_v > 512 ? kernels_.query_rows / 2 : kernels_.query_rows;
+    std::vector<int64_t> work(batch);
+    int64_t all_work = 0, tiles = 0;
+    for (int64_t b = 0; b < problem_.batch; ++b) {
+      const AttentionSequence sequence = attention_sequence(problem_, b);
+      const int64_t rows = sequence.queries * (problem_.heads / problem_.kv_heads);
+      work[static_cast<size_t>(b)] = rows * (sequence.keys + 1) * (problem_.depth + problem_.depth_v);
+      all_work += work[static_cast<size_t>(b)] * problem_.kv_heads;
+      tiles += round_up(rows, row_limit_) / row_limit_ * problem_.kv_heads;
     }
-  });
-}
+    threads_ = std::min<int64_t>(max_threads(), 1 + all_work / kWorkPerThread);
+    // Long sequences first: what is left for the end is small.
+    if (problem_.cu_queries != nullptr || problem_.used_keys != nullptr) {
+      std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) {
+        return work[static_cast<size_t>(a)] > work[static_cast<size_t>(b)];
+      });
+    }
+    // Fewer rows a tile where there would not be two tiles a thread.
+    int64_t tile_rows = row_limit_;
+    for (; threads_ > 1 && tiles < 2 * threads_ && tile_rows > 4 * kernels_.row_group; tiles *= 2) {
+      tile_rows = round_up(tile_rows / 2, kernels_.row_group);
+    }
+    for (int64_t b = 0; b < problem_.batch; ++b) plans_[static_cast<size_t>(b)] = plan(b, tile_rows);
+  }
 
-using Triple = std::array<int64_t, 3>;
+  void run() {
+    int64_t fewest_tiles = row_limit_, most_key_tiles = 0, tiles = 0;
+    for (const Plan& plan : plans_) {
+      tiles += plan.tiles * problem_.kv_heads;
+      if (plan.streamed) continue;
+      fewest_tiles = std::min(fewest_tiles, plan.tiles);
+      most_key_tiles = std::max(most_key_tiles, plan.key_tiles);
+    }
+    if (tiles == 0) return;
+    threads_ = std::min(threads_, tiles);
+    // With many threads on few tiles a head, several heads are worked on at a time.
+    const int64_t ahead = threads_ == 1 ? 0 : (threads_ + fewest_tiles - 1) / std::max<int64_t>(1, fewest_tiles);
+    Schedule schedule(plans_, order_, problem_.kv_heads, ahead);
 
-AttentionStrides strides_of(const Triple& strides) { return {strides[0], strides[1], strides[2]}; }
+    const int64_t slot_bytes = round_up(kernels_.packed_bytes(problem_, most_key_tiles), 64);
+    const int64_t tile_bytes = round_up(kernels_.packed_bytes(problem_, 1), 64);
+    const int64_t thread_bytes = round_up(kernels_.scratch_bytes, 64) + tile_bytes;
+    static thread_local Workspace workspace;
+    char* memory = workspace.reserve(schedule.slots() * slot_bytes + threads_ * thread_bytes);
+    char* slots = memory + threads_ * thread_bytes;
+    parallel_region(static_cast<int>(threads_), [&](int thread, int) {
+      char* scratch = memory + thread * thread_bytes;
+      Schedule::Cursor cursor;
+      for (;;) {
+        const Schedule::Ticket ticket = schedule.take(cursor);
+        if (ticket.head < 0) return;
+        const Plan& plan = schedule.plan(ticket.head);
+        if (plan.streamed) {
+          query_tile(ticket, plan, scratch + tile_bytes, scratch);
+          continue;
+        }
+        char* slot = slots + schedule.slot(ticket.head) * slot_bytes;
+        if (ticket.pack) {
+          schedule.wait_slot_free(ticket.head);
+          pack(ticket, plan, slot);
+          schedule.finish_pack(ticket.head);
+        } else {
+          schedule.wait_packed(ticket.head);
+          query_tile(ticket, plan, scratch + tile_bytes, slot);
+          schedule.finish_tile(ticket.head);
+        }
+      }
+    });
+    workspace.trim();
+  }
 
-void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t key_mask, uintptr_t out, uintptr_t lse,
-             const Triple& q_strides, const Triple& k_strides, const Triple& v_strides, int64_t mask_stride,
-             const std::array<int64_t, 7>& sizes, int64_t window_left, int64_t window_right, float scale, int dtype) {
-  const auto [batch, queries, keys, heads, kv_heads, depth, depth_v] = sizes;
-  TPWEAVE_CHECK(dtype >= 0 && dtype <= 2, "attention takes float32, bfloat16 and float16, not ",
-                dtype_name(static_cast<DType>(dtype)));
-  TPWEAVE_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads on ", kv_heads, " KV heads");
-  TPWEAVE_CHECK(depth >= 1 && depth <= kMaxHeadDim && depth_v >= 1 && depth_v <= kMaxHeadDim, "head dims are ", depth,
-                " and ", depth_v);
-  if (batch == 0 || queries == 0 || heads == 0) return;
+ private:
+  Plan plan(int64_t batch, int64_t tile_rows) const {
+    const AttentionSequence sequence = attention_sequence(problem_, batch);
+    const int64_t rows = sequence.queries * (problem_.heads / problem_.kv_heads);
+    Plan plan;
+    plan.tile_rows = tile_rows;
+    plan.tiles = (rows + tile_rows - 1) / tile_rows;
+    plan.key_tiles = (sequence.keys + kernels_.key_tile - 1) / kernels_.key_tile;
+    plan.packs = threads_ == 1 ? 1 : 1 + plan.key_tiles / kTilesPerTicket;
+    plan.streamed = rows <= row_limit_;
+    return plan;
+  }
+
+  void pack(const Schedule::Ticket& ticket, const Plan& plan, char* slot) const {
+    kernels_.pack(problem_, ticket.head / problem_.kv_heads, ticket.head % problem_.kv_heads,
+                  plan.key_tiles * ticket.index / plan.packs, plan.key_tiles * (ticket.index + 1) / plan.packs, slot);
+  }
+
+  void query_tile(const Schedule::Ticket& ticket, const Plan& plan, char* scratch, char* packed) const {
+    const int64_t batch = ticket.head / problem_.kv_heads;
+    const int64_t rows = attention_sequence(problem_, batch).queries * (problem_.heads / problem_.kv_heads);
+    // The last tile of a causal head sees the most keys: it goes first, so that threads end together.
+    const int64_t row = (plan.tiles - 1 - ticket.index) * plan.tile_rows;
+    kernels_.query_tile(args_, batch, ticket.head % problem_.kv_heads, row, std::min(plan.tile_rows, rows - row), packed,
+                        plan.streamed, scratch);
+  }
+
+  const AttentionForward& args_;
+  const AttentionProblem& problem_;
+  const AttentionKernels& kernels_ = select_attention_kernels();
+  std::vector<Plan> plans_;
+  std::vector<int64_t> order_;
+  int64_t row_limit_ = 0, threads_ = 1;
+};
+
+void forward(const char* op, const AttentionIntegers& integers, const AttentionReals& reals, uintptr_t out,
+             uintptr_t lse) {
   AttentionForward args;
-  args.q = reinterpret_cast<const void*>(q);
-  args.k = reinterpret_cast<const void*>(k);
-  args.v = reinterpret_cast<const void*>(v);
-  args.key_mask = reinterpret_cast<const uint8_t*>(key_mask);
-  args.out = reinterpret_cast<void*>(out);
-  args.lse = reinterpret_cast<float*>(lse);
-  args.q_strides = strides_of(q_strides);
-  args.k_strides = strides_of(k_strides);
-  args.v_strides = strides_of(v_strides);
-  args.mask_stride = mask_stride;
-  args.queries = queries;
-  args.keys = keys;
-  args.heads = heads;
-  args.kv_heads = kv_heads;
-  args.depth = depth;
-  args.depth_v = depth_v;
-  args.window_left = window_left;
-  args.window_right = window_right;
-  args.scale = scale;
-  run(args, static_cast<DType>(dtype), batch);
+  args.problem = make_attention_problem(op, integers, reals);
+  args.out = pointer(out);
+  args.lse = pointer<float>(lse);
+  TPWEAVE_CHECK(args.problem.depth <= kMaxHeadDim && args.problem.depth_v <= kMaxHeadDim, op, ": head dims are ",
+                args.problem.depth, " and ", args.problem.depth_v, ", the kernel takes up to ", kMaxHeadDim);
+  Forward(args).run();
 }
 
 }  // namespace

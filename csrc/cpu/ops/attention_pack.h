@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/ops/attention.h"
+#include "cpu/ops/attention_logits.h"
 #include "cpu/ops/attention_vec.h"
 
 namespace tpweave {
@@ -23,13 +24,11 @@ struct Layout {
 
   int64_t steps;    // words of a query or key
   int64_t columns;  // of the output, in whole vectors
-  int64_t tiles;
   int64_t value_offset, bias_offset, state_offset, tile_words;
 
-  explicit Layout(const AttentionForward& args) {
-    steps = (args.depth + kPerWord - 1) / kPerWord;
-    columns = (args.depth_v + kLanes - 1) / kLanes * kLanes;
-    tiles = (args.keys + kKeys - 1) / kKeys;
+  explicit Layout(const AttentionProblem& problem) {
+    steps = (problem.depth + kPerWord - 1) / kPerWord;
+    columns = (problem.depth_v + kLanes - 1) / kLanes * kLanes;
     value_offset = steps * kKeys;
     bias_offset = value_offset + columns * (kKeys / kPerWord);
     state_offset = bias_offset + kKeys;
@@ -37,25 +36,47 @@ struct Layout {
   }
 };
 
-// Keys that the mask hides, and those beyond the end, are packed as zeros: what they hold, perhaps NaN,
-// reaches no output.
+// Where the keys or values of a tile lie. Those that the mask hides, and those beyond the end, are read as zeros: what
+// they hold, perhaps NaN, reaches no output.
 template <typename T>
 struct TileRows {
-  static constexpr int kZeros = kMaxHeadDim;
   const T* row[kKeys];
 
-  TileRows(const void* base, int64_t stride, int64_t count, const uint8_t* mask) {
-    static const T zeros[kZeros] = {};
-    for (int i = 0; i < kKeys; ++i) {
-      const bool visible = i < count && (mask == nullptr || mask[i] != 0);
-      row[i] = visible ? static_cast<const T*>(base) + i * stride : zeros;
+  TileRows(const void* base, const AttentionStrides& strides, const AttentionProblem& problem, int64_t batch,
+           int64_t offset, int64_t first, int64_t count) {
+    const T* start = static_cast<const T*>(base) + offset;
+    if (problem.block_table == nullptr) {
+      for (int64_t i = 0; i < count; ++i) row[i] = start + (first + i) * strides.position;
+    } else {
+      const int32_t* table = problem.block_table + batch * problem.table_stride + first / problem.page_size;
+      int64_t slot = first % problem.page_size;
+      for (int64_t i = 0; i < count; ++i) {
+        row[i] = start + *table * strides.batch + slot * strides.position;
+        if (++slot == problem.page_size) {
+          slot = 0;
+          ++table;
+        }
+      }
     }
+    for (int64_t i = count; i < kKeys; ++i) row[i] = zeros();
+  }
+
+  void hide(const float* bias, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (bias[i] != 0.0f) row[i] = zeros();
+    }
+  }
+
+  static const T* zeros() {
+    static const T zero_row[kMaxHeadDim] = {};
+    return zero_row;
   }
 };
 
+// Whole vectors of keys: of the first `count` keys.
 template <typename T>
-void pack_keys(const TileRows<T>& rows, int64_t steps, int64_t depth, float* out) {
-  for (int first = 0; first < kKeys; first += kLanes) {
+void pack_keys(const TileRows<T>& rows, int64_t count, int64_t steps, int64_t depth, float* out) {
+  for (int64_t first = 0; first < count; first += kLanes) {
     float* panel = out + (first / kPanel) * steps * kPanel + first % kPanel;
     for (int64_t word = 0; word < steps; word += kLanes) {
       VecF block[kLanes];
@@ -70,62 +91,64 @@ void pack_keys(const TileRows<T>& rows, int64_t steps, int64_t depth, float* out
   }
 }
 
+// Whole words: of the first `count` values.
 template <typename T>
-void pack_values(const TileRows<T>& rows, int64_t columns, int64_t depth_v, float* out) {
+void pack_values(const TileRows<T>& rows, int64_t count, int64_t columns, int64_t depth_v, float* out) {
   constexpr int kPerWord = Format<T>::kPerWord;
   for (int64_t first = 0; first < columns; first += kPanel) {
     const int64_t width = min_of(kPanel, columns - first);
-    for (int key = 0; key < kKeys; key += kPerWord) {
+    float* panel = out + first * (kKeys / kPerWord);
+    for (int64_t key = 0; key < count; key += kPerWord) {
       for (int64_t column = first; column < first + width; column += kLanes) {
-        store(out, Format<T>::join_rows(rows.row[key], rows.row[key + kPerWord - 1], column, depth_v));
-        out += kLanes;
+        store(panel, Format<T>::join_rows(rows.row[key], rows.row[key + kPerWord - 1], column, depth_v));
+        panel += kLanes;
       }
     }
   }
 }
 
 template <typename T>
-void pack(const AttentionForward& args, int64_t batch, int64_t kv_head, int64_t tile_begin, int64_t tile_end,
-          float* packed) {
-  const Layout<T> layout(args);
-  const T* k = static_cast<const T*>(args.k) + batch * args.k_strides.batch + kv_head * args.k_strides.head;
-  const T* v = static_cast<const T*>(args.v) + batch * args.v_strides.batch + kv_head * args.v_strides.head;
-  const uint8_t* mask = args.key_mask != nullptr ? args.key_mask + batch * args.mask_stride : nullptr;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    float* block = packed + tile * layout.tile_words;
-    const int64_t first = tile * kKeys;
-    const int64_t count = min_of(kKeys, args.keys - first);
-    const uint8_t* tile_mask = mask != nullptr ? mask + first : nullptr;
-    int64_t visible = count;
-    if (tile_mask != nullptr) {
-      visible = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        block[layout.bias_offset + i] = tile_mask[i] != 0 ? 0.0f : -kInfinity;
-        visible += tile_mask[i] != 0;
-      }
-      for (int64_t i = count; i < kKeys; ++i) block[layout.bias_offset + i] = -kInfinity;
+void pack_tile(const AttentionProblem& problem, const Layout<T>& layout, const AttentionSequence& sequence,
+               int64_t batch, int64_t kv_head, int64_t tile, float* block) {
+  const int64_t first = tile * kKeys;
+  const int64_t count = min_of(kKeys, sequence.keys - first);
+  const bool masked = Logits::mask_is_of_keys(problem);
+  float* bias = block + layout.bias_offset;
+  int64_t visible = count;
+  if (masked) {
+    const uint8_t* mask = problem.mask + batch * problem.mask_strides[0];
+    visible = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool seen = mask[(first + i) * problem.mask_strides[3]] != 0;
+      bias[i] = seen ? 0.0f : -kInfinity;
+      visible += seen;
     }
-    const TileState state = visible == 0 ? kHidden : visible < count ? kPartlyVisible : kVisible;
-    block[layout.state_offset] = static_cast<float>(state);
-    if (state == kHidden) continue;
-    pack_keys(TileRows<T>(k + first * args.k_strides.position, args.k_strides.position, count, tile_mask), layout.steps,
-              args.depth, block);
-    pack_values(TileRows<T>(v + first * args.v_strides.position, args.v_strides.position, count, tile_mask),
-                layout.columns, args.depth_v, block + layout.value_offset);
+    for (int64_t i = count; i < kKeys; ++i) bias[i] = -kInfinity;
   }
+  const TileState state = visible == 0 ? kHidden : visible < count ? kPartlyVisible : kVisible;
+  block[layout.state_offset] = static_cast<float>(state);
+  if (state == kHidden) return;
+  TileRows<T> keys(problem.k, problem.k_strides, problem, batch,
+                   sequence.k_offset + kv_head * problem.k_strides.head, first, count);
+  TileRows<T> values(problem.v, problem.v_strides, problem, batch,
+                     sequence.v_offset + kv_head * problem.v_strides.head, first, count);
+  if (state == kPartlyVisible) {
+    keys.hide(bias, count);
+    values.hide(bias, count);
+  }
+  pack_keys(keys, count, layout.steps, problem.depth, block);
+  pack_values(values, count, layout.columns, problem.depth_v, block + layout.value_offset);
 }
 
-// Query rows as words, [rows][kQueryStride]. The sign of the scale goes here, for the kernels compare raw
-// scores: a negative scale would turn the order of the scores around.
+// A query row as words. The sign of the scale goes here, for the kernels compare raw scores: a negative scale would
+// turn the order of the scores around.
 template <typename T>
-void pack_queries(const T* query, int64_t stride, int64_t rows, int64_t depth, float scale, float* out) {
+void pack_query(const T* query, int64_t depth, float scale, float* out) {
   const int64_t steps = (depth + Format<T>::kPerWord - 1) / Format<T>::kPerWord;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t word = 0; word < steps; word += kLanes) {
-      VecF words = Format<T>::load_words(query + row * stride, word, depth);
-      if (!(scale > 0)) words = scale < 0 ? Format<T>::flip_sign(words) : zero();
-      store(out + row * kQueryStride + word, words);
-    }
+  for (int64_t word = 0; word < steps; word += kLanes) {
+    VecF words = Format<T>::load_words(query, word, depth);
+    if (!(scale > 0)) words = scale < 0 ? Format<T>::flip_sign(words) : zero();
+    store(out + word, words);
   }
 }
 

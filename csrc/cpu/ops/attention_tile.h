@@ -7,22 +7,22 @@
 // weights with V.
 //
 // A row's weights are 2^(scale * score - shift). The shift follows the row's maximum only when that has grown
-// by more than 2^8 (fp32 has the range), so that rows are hardly ever rescaled.
+// by more than 2^8 (fp32 has the range), so that rows are hardly ever rescaled. Where scores need more than a scale
+// (attention_logits.h), a group's raw scores become base-2 logits in their buffer, and the scale here is 1.
 #pragma once
 
+#include "cpu/ops/attention_dropout.h"
 #include "cpu/ops/attention_pack.h"
 
 namespace tpweave {
 namespace TPWEAVE_ISA_NAMESPACE {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kSlackLog2 = 8.0f;
 constexpr int kGroupVecs = kKeys / kLanes;      // vectors of scores in a row
 constexpr int kUnits = kRows * kGroupVecs / 2;  // an exponential unit is two of them
 constexpr int kUnitsPerPanel = kUnits / kPanelsPerTile;
-static_assert(kQueryRows % kRows == 0 && kUnits % kPanelsPerTile == 0, "whole groups and units");
+static_assert(kKeys == kDropoutKeys && kQueryRows % kRows == 0 && kUnits % kPanelsPerTile == 0, "whole groups and units");
 
 // A thread's working memory.
 struct alignas(64) Scratch {
@@ -34,17 +34,10 @@ struct alignas(64) Scratch {
   float exact_sums[kQueryRows * kLanes];  // and before rounding, where Format::kRoundsWeights
   float shift[kQueryRows];
   float limit[kQueryRows];  // raw score above which the shift is raised
-};
-
-// Keys that a query sees: [begin, end), both growing with the query.
-struct Window {
-  int64_t diagonal, left, right, keys;
-
-  explicit Window(const AttentionForward& args)
-      : diagonal(args.keys - args.queries), left(args.window_left), right(args.window_right), keys(args.keys) {}
-
-  int64_t begin(int64_t query) const { return left < 0 ? 0 : max_of(0, query + diagonal - left); }
-  int64_t end(int64_t query) const { return right < 0 ? keys : max_of(0, min_of(keys, query + diagonal + right + 1)); }
+  // Keys that a row sees, [begin, end): neither falls from one row to the next.
+  int64_t begin[kQueryRows], end[kQueryRows];
+  LogitRow logits[kQueryRows];
+  bool live[kQueryRows / kRows];  // groups that see something of the current tile
 };
 
 // sum[r][n] += over `steps` words a[r][s] * b[s][n]; rows of a are kStrideA words apart, steps of b kStrideB.
@@ -66,36 +59,52 @@ TPWEAVE_INLINE void multiply(VecF (&sum)[kRows][kCount], const float* a, const f
 template <typename T>
 class QueryTile {
  public:
-  QueryTile(const AttentionForward& args, const float* packed, Scratch& scratch)
-      : args_(args), layout_(args), window_(args), packed_(packed), scratch_(scratch) {
-    const float magnitude = args.scale < 0 ? -args.scale : args.scale;
-    scale_ = magnitude > 0 ? magnitude * kLog2E : 1.0f;
+  QueryTile(const AttentionForward& args, int64_t batch, int64_t kv_head, Scratch& scratch)
+      : args_(args),
+        problem_(args.problem),
+        sequence_(attention_sequence(args.problem, batch)),
+        layout_(args.problem),
+        logits_(problem_, sequence_.keys),
+        dropout_(problem_),
+        scratch_(scratch),
+        batch_(batch),
+        kv_head_(kv_head),
+        group_(problem_.heads / problem_.kv_heads) {
+    const float magnitude = problem_.scale < 0 ? -problem_.scale : problem_.scale;
+    scale_ = magnitude > 0 && !logits_.active() ? magnitude * kLog2E : 1.0f;
     slack_ = kSlackLog2 / scale_;
   }
 
-  void run(int64_t batch, int64_t head, int64_t query) {
-    first_ = query;
-    rows_ = min_of(kQueryRows, args_.queries - query);
-    const T* q = static_cast<const T*>(args_.q) + batch * args_.q_strides.batch + head * args_.q_strides.head +
-                 query * args_.q_strides.position;
-    pack_queries(q, args_.q_strides.position, rows_, args_.depth, args_.scale, scratch_.queries);
-    reset();
-    const int64_t last_tile = min_of(layout_.tiles, (window_.end(last_row()) + kKeys - 1) / kKeys);
-    for (int64_t tile = window_.begin(query) / kKeys; tile < last_tile; ++tile) key_tile(tile);
-    for (int64_t row = 0; row < rows_; ++row) finish_row(batch, head, row);
+  void run(int64_t row, int64_t rows, float* packed, bool streamed) {
+    first_ = row;
+    rows_ = rows;
+    padded_ = (rows + kRows - 1) / kRows * kRows;
+    start_rows();
+    const int64_t last_tile = (scratch_.end[rows - 1] + kKeys - 1) / kKeys;
+    for (int64_t tile = scratch_.begin[0] / kKeys; tile < last_tile; ++tile) {
+      if (streamed) pack_tile<T>(problem_, layout_, sequence_, batch_, kv_head_, tile, packed);
+      key_tile(streamed ? packed : packed + tile * layout_.tile_words, tile * kKeys);
+    }
+    for (int64_t r = 0; r < rows_; ++r) finish_row(r);
   }
 
  private:
-  int64_t last_row() const { return first_ + rows_ - 1; }
-  int64_t query_of(int64_t row) const { return min_of(first_ + row, last_row()); }
+  int64_t query_of(int64_t row) const { return (first_ + row) / group_; }
+  int64_t head_of(int64_t row) const { return kv_head_ * group_ + (first_ + row) % group_; }
 
-  void reset() {
-    // Rows that fill up the last group are multiplied too.
-    const int64_t padded = (rows_ + kRows - 1) / kRows * kRows;
-    for (int64_t row = rows_; row < padded; ++row) {
-      for (int64_t word = 0; word < layout_.steps; ++word) scratch_.queries[row * kQueryStride + word] = 0.0f;
-    }
-    for (int64_t row = 0; row < padded; ++row) {
+  void start_rows() {
+    const AttentionStrides& strides = problem_.q_strides;
+    const T* q = static_cast<const T*>(problem_.q) + sequence_.q_offset;
+    // Rows that fill up the last group are multiplied too: copies of the last.
+    for (int64_t row = 0; row < padded_; ++row) {
+      const int64_t source = min_of(row, rows_ - 1);
+      const int64_t query = query_of(source), head = head_of(source);
+      pack_query(q + query * strides.position + head * strides.head, problem_.depth, problem_.scale,
+                 scratch_.queries + row * kQueryStride);
+      see_keys(row, query);
+      if (logits_.active()) {
+        scratch_.logits[row] = logits_.row(batch_, head, query, query + sequence_.keys - sequence_.queries);
+      }
       store(scratch_.sums + row * kLanes, zero());
       store(scratch_.exact_sums + row * kLanes, zero());
       scratch_.shift[row] = 0.0f;
@@ -103,42 +112,56 @@ class QueryTile {
     }
     for (int64_t column = 0; column < layout_.columns; column += kPanel) {
       float* panel = scratch_.out + column * kQueryRows;
-      for (int64_t i = 0; i < padded * kPanel; i += kLanes) store(panel + i, zero());
+      for (int64_t i = 0; i < padded_ * kPanel; i += kLanes) store(panel + i, zero());
     }
   }
 
-  void key_tile(int64_t tile) {
-    const float* block = packed_ + tile * layout_.tile_words;
+  void see_keys(int64_t row, int64_t query) {
+    const int64_t position = query + sequence_.keys - sequence_.queries;
+    int64_t begin = 0, end = sequence_.keys;
+    if (problem_.window_left >= 0) begin = max_of(begin, position - problem_.window_left);
+    if (problem_.window_right >= 0) end = min_of(end, position + problem_.window_right + 1);
+    if (problem_.chunk > 0) {
+      const int64_t chunk = (position >= 0 ? position : position - problem_.chunk + 1) / problem_.chunk;
+      begin = max_of(begin, chunk * problem_.chunk);
+      end = min_of(end, (chunk + 1) * problem_.chunk);
+    }
+    scratch_.begin[row] = begin;
+    scratch_.end[row] = max_of(0, end);
+  }
+
+  // `block` holds the keys [key, key + kKeys).
+  void key_tile(const float* block, int64_t key) {
     const int state = static_cast<int>(block[layout_.state_offset]);
     if (state == kHidden) return;
-    const int64_t key = tile * kKeys;
     int64_t pending = -1;  // the row whose group waits for its exponentials
     float* scores = scratch_.scores[0];
     float* pending_scores = scratch_.scores[1];
     for (int64_t row = 0; row < rows_; row += kRows) {
       const Range seen = group_range(row, key);
-      if (seen.begin >= seen.end) continue;
-      const bool whole = state == kVisible && window_.begin(query_of(row + kRows - 1)) <= key &&
-                         window_.end(query_of(row)) >= key + kKeys;
-      if (kOverlap && whole && pending >= 0) {
+      const bool live = seen.begin < seen.end && !(logits_.has_mask() && mask_hides(row, key));
+      scratch_.live[row / kRows] = live;
+      if (!live) continue;
+      const bool whole =
+          state == kVisible && scratch_.begin[row + kRows - 1] <= key && scratch_.end[row] >= key + kKeys;
+      const bool overlap = kOverlap && whole && pending >= 0 && problem_.dropout_p == 0;
+      if (pending >= 0 && !overlap) weigh(pending_scores, pending, key);
+      if (!whole) {
+        part_scores(block, row, seen, scores);
+      } else if (overlap) {
         whole_scores<kOverlap>(block, row, scores, pending_scores, pending);
       } else {
-        if (pending >= 0) exponentials(pending_scores, pending);
-        if (whole) {
-          whole_scores<false>(block, row, scores, nullptr, 0);
-        } else {
-          masked_scores(block, state, key, row, seen, scores);
-        }
+        whole_scores<false>(block, row, scores, nullptr, 0);
       }
+      if (!whole || logits_.active()) finish_scores(block, state, key, row, seen, whole, scores);
       pending = row;
       float* other = pending_scores;
       pending_scores = scores;
       scores = other;
     }
-    if (pending >= 0) exponentials(pending_scores, pending);
+    if (pending >= 0) weigh(pending_scores, pending, key);
     for (int64_t row = 0; row < rows_; row += kRows) {
-      const Range seen = group_range(row, key);
-      if (seen.begin < seen.end) add_values(block + layout_.value_offset, row, seen);
+      if (scratch_.live[row / kRows]) add_values(block + layout_.value_offset, row, group_range(row, key));
     }
   }
 
@@ -148,7 +171,15 @@ class QueryTile {
 
   // Keys of the tile, counted from its first, that some row of the group sees.
   Range group_range(int64_t row, int64_t key) const {
-    return {max_of(0, window_.begin(query_of(row)) - key), min_of(kKeys, window_.end(query_of(row + kRows - 1)) - key)};
+    return {max_of(0, scratch_.begin[row] - key), min_of(kKeys, scratch_.end[row + kRows - 1] - key)};
+  }
+
+  bool mask_hides(int64_t row, int64_t key) const {
+    for (int64_t r = row; r < row + kRows; ++r) {
+      const int64_t begin = max_of(scratch_.begin[r], key), end = min_of(scratch_.end[r], key + kKeys);
+      if (begin < end && !logits_.hidden(scratch_.logits[r], begin, end)) return false;
+    }
+    return true;
   }
 
   // ---- scores -----------------------------------------------------------------------------------
@@ -191,12 +222,12 @@ class QueryTile {
         top[r] = panel == 0 ? most : max(top[r], most);
       }
     }
-    raise_shifts(row, top);
+    if (!logits_.active()) raise_shifts(row, top);
   }
 
   // Scores of kCount vectors of a panel.
   template <int kCount>
-  __attribute__((noinline)) void part_scores(const float* queries, const float* keys, float* scores) {
+  __attribute__((noinline)) void panel_scores(const float* queries, const float* keys, float* scores) {
     VecF sum[kRows][kCount];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -211,8 +242,8 @@ class QueryTile {
     }
   }
 
-  // Where the window's edge or hidden keys cross the group: only the vectors that are seen, then -inf.
-  void masked_scores(const float* block, int state, int64_t key, int64_t row, Range seen, float* scores) {
+  // Where the window's edge or hidden keys cross the group: only the vectors that are seen.
+  void part_scores(const float* block, int64_t row, Range seen, float* scores) {
     const int begin = static_cast<int>(seen.begin / kLanes);
     const int end = static_cast<int>((seen.end + kLanes - 1) / kLanes);
     for (int panel = begin / kVecs; panel * kVecs < end; ++panel) {
@@ -221,29 +252,39 @@ class QueryTile {
       const float* queries = scratch_.queries + row * kQueryStride;
       const float* keys = block + panel * layout_.steps * kPanel + (from % kVecs) * kLanes;
       switch (to - from) {
-        case 1: part_scores<1>(queries, keys, scores + from * kLanes); break;
-        case 2: part_scores<2>(queries, keys, scores + from * kLanes); break;
+        case 1: panel_scores<1>(queries, keys, scores + from * kLanes); break;
+        case 2: panel_scores<2>(queries, keys, scores + from * kLanes); break;
 #if TPWEAVE_ISA_LEVEL >= 2
-        case 3: part_scores<3>(queries, keys, scores + from * kLanes); break;
-        case 4: part_scores<4>(queries, keys, scores + from * kLanes); break;
+        case 3: panel_scores<3>(queries, keys, scores + from * kLanes); break;
+        case 4: panel_scores<4>(queries, keys, scores + from * kLanes); break;
 #endif
       }
     }
+  }
+
+  // Raw scores become logits where they need more than a scale, and -inf where a row does not see the key.
+  __attribute__((noinline)) void finish_scores(const float* block, int state, int64_t key, int64_t row, Range seen,
+                                               bool whole, float* scores) {
+    const int begin = static_cast<int>(seen.begin / kLanes);
+    const int end = static_cast<int>((seen.end + kLanes - 1) / kLanes);
+    const bool active = logits_.active();
     VecF top[kRows];
     for (int r = 0; r < kRows; ++r) {
-      const int64_t query = query_of(row + r);
-      const int64_t first = window_.begin(query) - key;
-      const int64_t last = window_.end(query) - key;
+      const int64_t first = scratch_.begin[row + r] - key;
+      const int64_t last = scratch_.end[row + r] - key;
+      const LogitRow& logits = scratch_.logits[row + r];
+      float* at = scores + r * kKeys;
       top[r] = set1(-kInfinity);
       for (int n = 0; n < kGroupVecs; ++n) {
-        float* at = scores + r * kKeys + n * kLanes;
         VecF v = set1(-kInfinity);
         if (n >= begin && n < end) {
-          v = keep_lanes(load(at), first - n * kLanes, last - n * kLanes);
+          v = load(at + n * kLanes);
+          if (active) v = logits_.apply(v, logits, key + n * kLanes);
+          if (!whole) v = keep_lanes(v, first - n * kLanes, last - n * kLanes);
           if (state == kPartlyVisible) v = v + load(block + layout_.bias_offset + n * kLanes);
+          top[r] = max(top[r], v);
         }
-        store(at, v);
-        top[r] = max(top[r], v);
+        store(at + n * kLanes, v);
       }
     }
     raise_shifts(row, top);
@@ -292,8 +333,15 @@ class QueryTile {
                              scratch_.sums + (row + r) * kLanes, scratch_.exact_sums + (row + r) * kLanes);
   }
 
-  __attribute__((noinline)) void exponentials(const float* scores, int64_t row) {
+  // Logits of a group become weights; dropout counts them in the sums and drops them from what V is multiplied with.
+  __attribute__((noinline)) void weigh(const float* scores, int64_t row, int64_t key) {
     for (int unit = 0; unit < kUnits; ++unit) exponential_unit(scores, row, unit);
+    if (problem_.dropout_p == 0) return;
+    for (int64_t r = row; r < min_of(row + kRows, rows_); ++r) {
+      uint32_t keep[kKeys];
+      dropout_.keep(key / kKeys, query_of(r), head_of(r), batch_, keep);
+      Format<T>::drop_weights(scratch_.weights + r * kKeys, keep);
+    }
   }
 
   // ---- values -----------------------------------------------------------------------------------
@@ -337,33 +385,49 @@ class QueryTile {
 
   // ---- results ----------------------------------------------------------------------------------
 
-  void finish_row(int64_t batch, int64_t head, int64_t row) {
-    const int64_t query = first_ + row;
-    const float sum = reduce_add(load(scratch_.sums + row * kLanes));
-    const float exact = Format<T>::kRoundsWeights ? reduce_add(load(scratch_.exact_sums + row * kLanes)) : sum;
+  void finish_row(int64_t row) {
+    const int64_t query = query_of(row), head = head_of(row);
+    float sum = reduce_add(load(scratch_.sums + row * kLanes));
+    float exact = Format<T>::kRoundsWeights ? reduce_add(load(scratch_.exact_sums + row * kLanes)) : sum;
     // A row that saw no key has never had its limit raised; a row of NaNs neither, but its sum is NaN.
     const bool empty = scratch_.limit[row] == -kInfinity && sum == 0.0f;
-    args_.lse[(batch * args_.heads + head) * args_.queries + query] =
-        empty ? -kInfinity : (scratch_.shift[row] + __builtin_log2f(exact)) * kLn2;
-    const VecF inverse = set1(empty ? 0.0f : 1.0f / sum);
-    T* out = static_cast<T*>(args_.out) + ((batch * args_.queries + query) * args_.heads + head) * args_.depth_v;
-    for (int64_t column = 0; column < args_.depth_v; column += kLanes) {
+    float shift = scratch_.shift[row];
+    float factor = 1.0f;
+    if (problem_.sinks != nullptr && problem_.sinks[head] > -kInfinity) {
+      const float sink = problem_.sinks[head] * kLog2E;
+      const float top = empty || sink > shift ? sink : shift;
+      factor = empty ? 0.0f : __builtin_exp2f(shift - top);
+      const float weight = __builtin_exp2f(sink - top);
+      sum = sum * factor + weight;
+      exact = exact * factor + weight;
+      shift = top;
+    }
+    args_.lse[sequence_.lse_offset + head * sequence_.lse_head_stride + query] =
+        sum == 0.0f ? -kInfinity : (shift + __builtin_log2f(exact)) * kLn2;
+    const float kept = problem_.dropout_p < 1 ? static_cast<float>(1.0 / (1.0 - problem_.dropout_p)) : 0.0f;
+    const VecF inverse = set1(empty ? 0.0f : factor * kept / sum);
+    const int64_t depth = problem_.depth_v;
+    T* out = static_cast<T*>(args_.out) + ((sequence_.first_row + query) * problem_.heads + head) * depth;
+    for (int64_t column = 0; column < depth; column += kLanes) {
       const float* at = scratch_.out + column / kPanel * kPanel * kQueryRows + row * kPanel + column % kPanel;
       const VecF value = load(at) * inverse;
-      const int64_t left = args_.depth_v - column;
+      const int64_t left = depth - column;
       if (left >= kLanes) store(out + column, value);
       else store_partial(out + column, value, left);
     }
   }
 
   const AttentionForward& args_;
+  const AttentionProblem& problem_;
+  const AttentionSequence sequence_;
   const Layout<T> layout_;
-  const Window window_;
-  const float* packed_;
+  const Logits logits_;
+  const Dropout dropout_;
   Scratch& scratch_;
+  const int64_t batch_, kv_head_, group_;
   float scale_;  // log2(e) times the softmax scale's magnitude
   float slack_;
-  int64_t first_ = 0, rows_ = 0;
+  int64_t first_ = 0, rows_ = 0, padded_ = 0;
 };
 
 }  // namespace

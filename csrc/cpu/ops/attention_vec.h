@@ -129,6 +129,21 @@ TPWEAVE_INLINE VecF keep_lanes(VecF v, int64_t begin, int64_t end) {
 #endif
 }
 
+// Lanes of v whose byte is not 0, -inf elsewhere.
+TPWEAVE_INLINE VecF keep_bytes(VecF v, const uint8_t* bytes) {
+#if TPWEAVE_ISA_LEVEL == 0
+  const VecI keep = {bytes[0], bytes[1], bytes[2], bytes[3]};
+  return keep != 0 ? v : set1(-kInfinity);
+#elif TPWEAVE_ISA_LEVEL == 1
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256i hide = _mm256_cmpeq_epi32(wide, _mm256_setzero_si256());
+  return _mm256_blendv_ps(v, set1(-kInfinity), _mm256_castsi256_ps(hide));
+#else
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm512_mask_mov_ps(set1(-kInfinity), _mm512_test_epi32_mask(wide, wide), v);
+#endif
+}
+
 // ---- transpose ----------------------------------------------------------------------------------
 
 // rows[i] lane j <-> rows[j] lane i
@@ -209,6 +224,11 @@ struct Format {
     store(words + kLanes, high);
     store(sums, load(sums) + (low + high));
   }
+
+  // Zeroes the weights of a row of kKeys keys whose word of `keep` is 0; the others are all ones.
+  TPWEAVE_INLINE void drop_weights(float* words, const uint32_t* keep) {
+    for (int i = 0; i < kKeys; ++i) words[i] = bits_to_float(float_to_bits(words[i]) & keep[i]);
+  }
 };
 
 #if TPWEAVE_ISA_LEVEL == 3
@@ -250,6 +270,13 @@ struct Format<BFloat16> {
     _mm512_storeu_si512(words, reinterpret_cast<__m512i>(rounded));
     store(sums, _mm512_dpbf16_ps(load(sums), rounded, reinterpret_cast<__m512bh>(ones)));
     store(exact_sums, load(exact_sums) + (low + high));
+  }
+
+  TPWEAVE_INLINE void drop_weights(float* words, const uint32_t* keep) {
+    for (int i = 0; i < kKeys / 2; ++i) {
+      const uint32_t pair = (keep[2 * i] & 0xffffu) | (keep[2 * i + 1] & 0xffff0000u);
+      words[i] = bits_to_float(float_to_bits(words[i]) & pair);
+    }
   }
 };
 

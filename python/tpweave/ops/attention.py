@@ -19,7 +19,8 @@ import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
-from tpweave.native import _C, DTYPE_CODES
+from tpweave.native import _C
+from tpweave.ops.attention_problem import native_problem
 from tpweave.reference.ops.attention import AttentionOptions, attention_backward_reference, attention_reference
 
 if TYPE_CHECKING:
@@ -27,28 +28,14 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-_MAX_HEAD_DIM = 256  # kMaxHeadDim in csrc/cpu/ops/attention.h
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+_MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/ops/attention.h
 
 
 def attention_fwd_cpu(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    batch, queries, heads, depth = q.shape
-    keys, kv_heads, depth_v = v.shape[1:]
-    out = torch.empty(batch, queries, heads, depth_v, dtype=q.dtype)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32)
-    mask = options.mask
-    if mask is not None:
-        mask = _dense_rows(mask.expand(batch, 1, 1, keys)[:, 0, 0])
-    _C.attention_fwd(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr(),
-        lse.data_ptr(), q.stride()[:3], k.stride()[:3], v.stride()[:3], 0 if mask is None else mask.stride(0),
-        (batch, queries, keys, heads, kv_heads, depth, depth_v), options.window[0],
-        0 if options.causal else options.window[1], options.softmax_scale, DTYPE_CODES[q.dtype],
-    )  # fmt: skip
+    problem = native_problem(q, k, v, options)
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    _C.attention_fwd("attention", problem.integers, problem.reals, out.data_ptr(), lse.data_ptr())
     return out, lse
 
 
@@ -64,25 +51,8 @@ def _head_dim_fits(inputs: Inputs) -> str | None:
     return None
 
 
-def _mask_is_key_padding(inputs: Inputs) -> str | None:
-    mask = inputs.values.get("mask")
-    if mask is None or mask.dim() == 2 or mask.shape[1:3] == (1, 1):
-        return None
-    return f"takes masks of keys ([B, Sk] or [B, 1, 1, Sk]), not {list(mask.shape)}"
-
-
-def _takes_plain_scores(inputs: Inputs) -> str | None:
-    for name in ("chunk", "softcap", "alibi_slopes", "bias", "sinks", "dropout_p"):
-        value = inputs.values.get(name)
-        if value is not None and (isinstance(value, Tensor) or value != 0):
-            return f"takes no {name}"
-    return None
-
-
 ATTENTION = Op("attention", [
-    Backend("cpu", attention_fwd_cpu, Needs(
-        device="cpu", dtypes=FLOATS, rules=(_head_dim_fits, _mask_is_key_padding, _takes_plain_scores)
-    )),
+    Backend("cpu", attention_fwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(_head_dim_fits,))),
     Backend("reference", attention_fwd_reference, Needs()),
 ])  # fmt: skip
 ATTENTION_BWD = Op("attention_bwd", [
@@ -276,7 +246,7 @@ def attention(
     """Attention, differentiable in q, k, v, bias and sinks. Query head h reads KV head h // (Hq / Hkv).
 
     Args:
-        q: [B, Sq, Hq, D], fp32, bf16, fp16 (native, D and Dv up to 256) or fp64 (reference). Any strides.
+        q: [B, Sq, Hq, D], fp32, bf16, fp16 (native, D and Dv up to 512) or fp64 (reference). Any strides.
         k: [B, Sk, Hkv, D] of q's dtype; Hq must be a multiple of Hkv.
         v: [B, Sk, Hkv, Dv] of q's dtype.
         causal: query i sees keys up to p = i + Sk - Sq (aligned bottom-right, as flash-attn 2.1 and later).

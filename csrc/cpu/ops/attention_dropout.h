@@ -1,0 +1,88 @@
+// The weights that dropout keeps, 64 keys of one query at a time: Philox-4x32-10 (Salmon et al., "Parallel random
+// numbers: as easy as 1, 2, 3", 2011), counted as dropout_keep of the reference says.
+#pragma once
+
+#include "cpu/ops/attention.h"
+#include "cpu/vec.h"
+
+namespace tpweave {
+namespace TPWEAVE_ISA_NAMESPACE {
+namespace {
+
+constexpr int kDropoutKeys = 64;
+
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+
+struct HighLow {
+  VecU high, low;
+};
+
+// The 64-bit products of 32-bit lanes.
+TPWEAVE_INLINE HighLow multiply_wide(VecU a, uint32_t factor) {
+#if TPWEAVE_ISA_LEVEL == 0
+  HighLow product;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t wide = static_cast<uint64_t>(a[i]) * factor;
+    product.high[i] = static_cast<uint32_t>(wide >> 32);
+    product.low[i] = static_cast<uint32_t>(wide);
+  }
+  return product;
+#elif TPWEAVE_ISA_LEVEL == 1
+  const __m256i b = _mm256_set1_epi32(static_cast<int>(factor));
+  const __m256i even = _mm256_mul_epu32((__m256i)a, b);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), b);
+  return {(VecU)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa),
+          (VecU)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+#else
+  const __m512i b = _mm512_set1_epi32(static_cast<int>(factor));
+  const __m512i even = _mm512_mul_epu32((__m512i)a, b);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), b);
+  return {(VecU)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd),
+          (VecU)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
+#endif
+}
+
+struct Dropout {
+  uint32_t key0, key1;
+  uint32_t threshold;  // words below it drop a weight
+  uint32_t head_offset;
+
+  explicit Dropout(const AttentionProblem& problem)
+      : key0(static_cast<uint32_t>(problem.seed)),
+        key1(static_cast<uint32_t>(problem.seed >> 32)),
+        head_offset(static_cast<uint32_t>(problem.head_offset)) {
+    const double words = __builtin_nearbyint(problem.dropout_p * 4294967296.0);
+    threshold = words < 4294967295.0 ? static_cast<uint32_t>(words) : 4294967295u;
+  }
+
+  // keep[j] is all ones where the weight of key 64 * block + j is kept, else 0.
+  void keep(int64_t block, int64_t query, int64_t head, int64_t batch, uint32_t (&keep)[kDropoutKeys]) const {
+    for (int first = 0; first < 16; first += kLanes) {
+      VecU c0;
+      for (int i = 0; i < kLanes; ++i) c0[i] = static_cast<uint32_t>(block * 16 + first + i);
+      VecU c1 = VecU{} + static_cast<uint32_t>(query);
+      VecU c2 = VecU{} + (static_cast<uint32_t>(head) + head_offset);
+      VecU c3 = VecU{} + static_cast<uint32_t>(batch);
+      uint32_t k0 = key0, k1 = key1;
+      for (int round = 0; round < 10; ++round) {
+        const HighLow a = multiply_wide(c0, 0xd2511f53u);
+        const HighLow b = multiply_wide(c2, 0xcd9e8d57u);
+        c0 = b.high ^ c1 ^ k0;
+        c1 = b.low;
+        c2 = a.high ^ c3 ^ k1;
+        c3 = a.low;
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+      }
+      const VecU words[4] = {c0, c1, c2, c3};
+      for (int i = 0; i < 4; ++i) {
+        const VecU mask = (VecU)(words[i] >= threshold);
+        __builtin_memcpy(keep + 16 * i + first, &mask, sizeof(mask));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace TPWEAVE_ISA_NAMESPACE
+}  // namespace tpweave
