@@ -1,4 +1,4 @@
-"""The native kernel with every option, on every instruction set, against float64; invariance of its bits; bad tables."""
+"""The native kernel with every option, on every instruction set, against float64; its bits; bad tables."""
 
 import functools
 

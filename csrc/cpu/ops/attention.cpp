@@ -272,8 +272,8 @@ class Forward {
     const int64_t rows = attention_sequence(problem_, batch).queries * (problem_.heads / problem_.kv_heads);
     // The last tile of a causal head sees the most keys: it goes first, so that threads end together.
     const int64_t row = (plan.tiles - 1 - ticket.index) * plan.tile_rows;
-    kernels_.query_tile(args_, batch, ticket.head % problem_.kv_heads, row, std::min(plan.tile_rows, rows - row), packed,
-                        plan.streamed, scratch);
+    kernels_.query_tile(args_, batch, ticket.head % problem_.kv_heads, row, std::min(plan.tile_rows, rows - row),
+                        packed, plan.streamed, scratch);
   }
 
   const AttentionForward& args_;

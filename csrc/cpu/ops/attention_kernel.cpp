@@ -45,9 +45,7 @@ void query_tile(const AttentionForward& args, int64_t batch, int64_t kv_head, in
   float* words = static_cast<float*>(packed);
   Scratch& memory = *static_cast<Scratch*>(scratch);
   switch (args.problem.dtype) {
-    case DType::kBFloat16:
-      QueryTile<BFloat16>(args, batch, kv_head, memory).run(row, rows, words, streamed);
-      break;
+    case DType::kBFloat16: QueryTile<BFloat16>(args, batch, kv_head, memory).run(row, rows, words, streamed); break;
     case DType::kFloat16: QueryTile<Float16>(args, batch, kv_head, memory).run(row, rows, words, streamed); break;
     default: QueryTile<float>(args, batch, kv_head, memory).run(row, rows, words, streamed); break;
   }

@@ -128,10 +128,10 @@ void pack_tile(const AttentionProblem& problem, const Layout<T>& layout, const A
   const TileState state = visible == 0 ? kHidden : visible < count ? kPartlyVisible : kVisible;
   block[layout.state_offset] = static_cast<float>(state);
   if (state == kHidden) return;
-  TileRows<T> keys(problem.k, problem.k_strides, problem, batch,
-                   sequence.k_offset + kv_head * problem.k_strides.head, first, count);
-  TileRows<T> values(problem.v, problem.v_strides, problem, batch,
-                     sequence.v_offset + kv_head * problem.v_strides.head, first, count);
+  TileRows<T> keys(problem.k, problem.k_strides, problem, batch, sequence.k_offset + kv_head * problem.k_strides.head,
+                   first, count);
+  TileRows<T> values(problem.v, problem.v_strides, problem, batch, sequence.v_offset + kv_head * problem.v_strides.head,
+                     first, count);
   if (state == kPartlyVisible) {
     keys.hide(bias, count);
     values.hide(bias, count);

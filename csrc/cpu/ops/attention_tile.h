@@ -22,7 +22,8 @@ constexpr float kSlackLog2 = 8.0f;
 constexpr int kGroupVecs = kKeys / kLanes;      // vectors of scores in a row
 constexpr int kUnits = kRows * kGroupVecs / 2;  // an exponential unit is two of them
 constexpr int kUnitsPerPanel = kUnits / kPanelsPerTile;
-static_assert(kKeys == kDropoutKeys && kQueryRows % kRows == 0 && kUnits % kPanelsPerTile == 0, "whole groups and units");
+static_assert(kKeys == kDropoutKeys && kQueryRows % kRows == 0 && kUnits % kPanelsPerTile == 0,
+              "whole groups and units");
 
 // A thread's working memory.
 struct alignas(64) Scratch {

@@ -44,7 +44,8 @@ def attention_fwd_reference(q: Tensor, k: Tensor, v: Tensor, options: AttentionO
     return out.contiguous(), lse
 
 
-def _head_dim_fits(inputs: Inputs) -> str | None:
+def head_dim_fits(inputs: Inputs) -> str | None:
+    """A rule: the native kernel takes these head dims."""
     for tensor in inputs.tensors[:3]:
         if tensor.shape[-1] > _MAX_HEAD_DIM:
             return f"takes head dims up to {_MAX_HEAD_DIM}, not {tensor.shape[-1]}"
@@ -52,7 +53,7 @@ def _head_dim_fits(inputs: Inputs) -> str | None:
 
 
 ATTENTION = Op("attention", [
-    Backend("cpu", attention_fwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(_head_dim_fits,))),
+    Backend("cpu", attention_fwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(head_dim_fits,))),
     Backend("reference", attention_fwd_reference, Needs()),
 ])  # fmt: skip
 ATTENTION_BWD = Op("attention_bwd", [

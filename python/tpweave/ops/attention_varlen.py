@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
-from tpweave.dispatch import Backend, Inputs, Needs, Op
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
+from tpweave.native import _C
 from tpweave.ops.attention import (
     _OPTIONS_SCHEMA,
     AttentionKeywords,
@@ -27,7 +28,10 @@ from tpweave.ops.attention import (
     check_heads,
     check_options,
     dropout_seed,
+    head_dim_fits,
 )
+from tpweave.ops.attention_problem import native_problem
+from tpweave.reference.ops.attention import AttentionOptions
 from tpweave.reference.ops.attention_varlen import (
     PackedSequences,
     attention_varlen_backward_reference,
@@ -39,10 +43,27 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
+
+def attention_varlen_fwd_cpu(
+    q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    problem = native_problem(q, k, v, options, **sequences._asdict())
+    out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    offsets = sequences.cu_seqlens_q
+    first, last = int(offsets[0]), int(offsets[-1])
+    for outside in (slice(0, first), slice(last, q.shape[0])):
+        out[outside] = 0
+        lse[:, outside] = float("-inf")
+    _C.attention_fwd("attention_varlen", problem.integers, problem.reals, out.data_ptr(), lse.data_ptr())
+    return out, lse
+
+
 # Rows take (q, k, v, PackedSequences, AttentionOptions) and return out [Tq, Hq, Dv] and lse [Hq, Tq]; those of the
 # backward take (dout, dlse, q, k, v, out, lse, PackedSequences, AttentionOptions) and return dq, dk, dv, dbias, dsinks.
 # Tokens of no sequence have out 0, lse -inf and gradients 0; so have keys that no sequence uses.
 ATTENTION_VARLEN = Op("attention_varlen", [
+    Backend("cpu", attention_varlen_fwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(head_dim_fits,))),
     Backend("reference", attention_varlen_reference, Needs()),
 ])  # fmt: skip
 ATTENTION_VARLEN_BWD = Op("attention_varlen_bwd", [
