@@ -28,9 +28,8 @@ PYBIND11_MODULE(_C, m) {
 
   register_attention(m);
   register_gated_activation(m);
-  register_layer_norm(m);
   register_matmul_all_reduce(m);
-  register_rms_norm(m);
+  register_norms(m);
   register_rope(m);
   register_shm_communicator(m);
 }

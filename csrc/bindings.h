@@ -9,9 +9,8 @@ namespace tpweave {
 
 void register_attention(pybind11::module_& m);
 void register_gated_activation(pybind11::module_& m);
-void register_layer_norm(pybind11::module_& m);
 void register_matmul_all_reduce(pybind11::module_& m);
-void register_rms_norm(pybind11::module_& m);
+void register_norms(pybind11::module_& m);
 void register_rope(pybind11::module_& m);
 void register_shm_communicator(pybind11::module_& m);
 

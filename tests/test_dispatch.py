@@ -119,6 +119,7 @@ def test_reference_on_a_gpu_warns_once(op):
         """Stands for a CUDA tensor where there is no GPU."""
 
         device = torch.device("cuda")
+        is_cpu, is_cuda = False, True
         dtype = torch.float64
         shape = (3,)
 

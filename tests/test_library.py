@@ -1,5 +1,7 @@
 """The short way past torch.library is taken only where nothing could want to see the op."""
 
+import importlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -65,3 +67,46 @@ def test_both_ways_agree(grad):
             plain = call()
         for a, b in zip(plain, call(), strict=True):
             assert torch.equal(a, b) and b.requires_grad == grad
+
+
+def small_ops():
+    x, weight, residual = torch.randn(3, 40), torch.randn(40), torch.randn(3, 40)
+    q, k, angles = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 1, 8), torch.randn(3, 4)
+    return {
+        "rms_norm": (x, weight, 1e-6, residual, None),
+        "layer_norm": (x, weight, None, 1e-5, None, None),
+        "gated_activation": (x, residual, "silu", None),
+        "rope": (q, k, angles.cos(), angles.sin(), False, False, None),
+    }
+
+
+@pytest.mark.parametrize("name", small_ops())
+def test_recorded_calls_are_torch_librarys(name):
+    op = getattr(importlib.import_module(f"tpweave.ops.{name}"), f"_{name}_op")
+    args = small_ops()[name]
+    results = []
+    for call in (op, op.overload):
+        leaves = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        outs = call(*leaves)
+        outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
+        assert all(o.requires_grad for o in outs)
+        torch.manual_seed(1)
+        used = [o for o in outs[:2] if o.numel()]
+        wanted = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        grads = torch.autograd.grad(used, wanted, [torch.randn_like(o) for o in used], allow_unused=True)
+        results.append([*used, *grads])
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    x = torch.randn(3, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(tpweave.rms_norm(x, None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(dx.sum(), x)
+
+
+def test_meta_tensors_go_through_the_library():
+    op = importlib.import_module("tpweave.ops.rms_norm")._rms_norm_op
+    y, _, rstd = op(torch.empty(4, 8, device="meta"), None, 1e-6, None, None)
+    assert (y.shape, rstd.shape, y.device.type) == ((4, 8), (1, 4), "meta")

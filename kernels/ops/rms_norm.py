@@ -77,11 +77,11 @@ def _num_warps(block: int) -> int:
 def rms_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, h (x itself without a residual) and rstd. x, residual: [..., H] contiguous; weight: [H] contiguous."""
+    """y, h (x itself without a residual) and rstd [1, N]. x, residual: [..., H] contiguous; weight: [H] contiguous."""
     H = x.shape[-1]
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty((1, x.shape[:-1].numel()), dtype=torch.float32, device=x.device)
     if y.numel() > 0:
         block = triton.next_power_of_2(H)
         with torch.cuda.device_of(x):

@@ -49,13 +49,9 @@ def dense_last_dim(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def parameter_for(x: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A norm's weight or bias as the kernels read it beside x: contiguous, of x's dtype or fp32."""
-    if parameter is None:
-        return None
-    if parameter.dtype not in (x.dtype, torch.float32):
-        parameter = parameter.float()
-    return parameter.contiguous()
+def empty_dense(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous, uninitialised tensor like x; half the time of `torch.empty` with a shape."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-__all__ = ["DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "new_output", "parameter_for"]
+__all__ = ["DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "empty_dense", "new_output"]

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"
+#include "common/address.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
 
@@ -17,27 +18,26 @@ Activation check_kind(int kind) {
   return static_cast<Activation>(kind);
 }
 
-void forward(uintptr_t gate, uintptr_t up, uintptr_t y, int64_t gate_stride, int64_t up_stride, int64_t rows,
-             int64_t width, int kind_code, int dtype_code) {
+void forward(Address gate, Address up, Address y, int64_t gate_stride, int64_t up_stride, int64_t rows, int64_t width,
+             int kind_code, int dtype_code) {
   const DType dtype = check_float_dtype("gated_activation", dtype_code);
   const Activation kind = check_kind(kind_code);
   const bool dense = gate_stride == width && up_stride == width;
   // Dense rows are one long row: no ragged end but the last.
-  const GatedActivationForward args{pointer(gate), pointer(up), pointer(y),
-                                    gate_stride,   up_stride,   dense ? rows * width : width};
+  const GatedActivationForward args{gate.as(), up.as(), y.as(), gate_stride, up_stride, dense ? rows * width : width};
   const GatedActivationKernels& kernels = select_gated_activation_kernels();
   parallel_for(rows * width, kElementGrain,
                [&](int64_t begin, int64_t end) { kernels.forward(args, dtype, kind, begin, end); });
 }
 
-void backward(uintptr_t dy, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup, int64_t dy_stride,
-              int64_t gate_stride, int64_t up_stride, int64_t rows, int64_t width, int kind_code, int dtype_code) {
+void backward(Address dy, Address gate, Address up, Address dgate, Address dup, int64_t dy_stride, int64_t gate_stride,
+              int64_t up_stride, int64_t rows, int64_t width, int kind_code, int dtype_code) {
   const DType dtype = check_float_dtype("gated_activation", dtype_code);
   const Activation kind = check_kind(kind_code);
   const bool dense = dy_stride == width && gate_stride == width && up_stride == width;
-  const GatedActivationBackward args{pointer(dy),    pointer(gate), pointer(up),
-                                     pointer(dgate), pointer(dup),  dy_stride,
-                                     gate_stride,    up_stride,     dense ? rows * width : width};
+  const GatedActivationBackward args{dy.as(),     gate.as(), up.as(),
+                                     dgate.as(),  dup.as(),  dy_stride,
+                                     gate_stride, up_stride, dense ? rows * width : width};
   const GatedActivationKernels& kernels = select_gated_activation_kernels();
   parallel_for(rows * width, kElementGrain,
                [&](int64_t begin, int64_t end) { kernels.backward(args, dtype, kind, begin, end); });

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
-from tpweave.library import is_plain_call, register_op
-from tpweave.native import _C, DTYPE_CODES, dense_last_dim
+from tpweave.library import register_op
+from tpweave.native import _C, DTYPE_CODES, dense_last_dim, empty_dense
 from tpweave.reference.ops.gated_activation import gated_activation_reference
 
 Tensor = torch.Tensor
@@ -23,29 +23,28 @@ KIND_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4}
 
 def _rows(x: Tensor) -> Tensor:
     """x as [N, F] with a dense last dim: a view where the strides allow, such as half of a merged projection."""
-    return dense_last_dim(x.reshape(-1, x.shape[-1]))
+    return x if x.dim() == 2 and x.stride(1) == 1 else dense_last_dim(x.reshape(-1, x.shape[-1]))
 
 
 def gated_activation_fwd_cpu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype)
-    if y.numel() == 0:
+    y = empty_dense(gate)
+    if gate.numel() == 0:
         return y
     gate, up = _rows(gate), _rows(up)
     _C.gated_activation_fwd(
-        gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.stride(0), up.stride(0), *gate.shape, KIND_CODES[kind],
-        DTYPE_CODES[gate.dtype],
+        gate, up, y, gate.stride(0), up.stride(0), *gate.shape, KIND_CODES[kind], DTYPE_CODES[gate.dtype]
     )  # fmt: skip
     return y
 
 
 def gated_activation_bwd_cpu(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    if dgate.numel() == 0:
+    dgate, dup = empty_dense(gate), empty_dense(gate)
+    if gate.numel() == 0:
         return dgate, dup
     dy, gate, up = _rows(dy), _rows(gate), _rows(up)
     _C.gated_activation_bwd(
-        dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dgate.data_ptr(), dup.data_ptr(), dy.stride(0), gate.stride(0),
-        up.stride(0), *gate.shape, KIND_CODES[kind], DTYPE_CODES[gate.dtype],
+        dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), *gate.shape, KIND_CODES[kind],
+        DTYPE_CODES[gate.dtype],
     )  # fmt: skip
     return dgate, dup
 
@@ -54,7 +53,7 @@ def gated_activation_fwd_triton(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     from tpweave.kernels.ops.gated_activation import gated_activation_fwd
 
     if gate.numel() == 0:
-        return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        return empty_dense(gate)
     return gated_activation_fwd(_rows(gate), _rows(up), kind).view(gate.shape)
 
 
@@ -62,8 +61,7 @@ def gated_activation_bwd_triton(dy: Tensor, gate: Tensor, up: Tensor, kind: str)
     from tpweave.kernels.ops.gated_activation import gated_activation_bwd
 
     if gate.numel() == 0:
-        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        return dgate, dup
+        return empty_dense(gate), empty_dense(gate)
     dgate, dup = gated_activation_bwd(_rows(dy), _rows(gate), _rows(up), kind)
     return dgate.view(gate.shape), dup.view(gate.shape)
 
@@ -157,5 +155,4 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str = "silu", *, backend: s
             f"gated_activation: gate is {gate.dtype} {tuple(gate.shape)} on {gate.device}, "
             f"up is {up.dtype} {tuple(up.shape)} on {up.device}; they must match"
         )
-    run = _impl if is_plain_call(gate, up) else _gated_activation_op
-    return run(gate, up, kind, backend)
+    return _gated_activation_op(gate, up, kind, backend)

@@ -14,67 +14,38 @@ from typing import overload
 
 import torch
 
-from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
+from tpweave.dispatch import Backend, Inputs, Needs, Op
 from tpweave.library import is_plain_call, register_op
-from tpweave.native import _C, DTYPE_CODES, data_ptr, parameter_for
+from tpweave.native import _C
+from tpweave.ops.norm_common import CPU_NEEDS, TRITON_NEEDS, check_norm, dense, norm_bwd_cpu, norm_fwd_cpu
 from tpweave.reference.ops.layer_norm import layer_norm_reference
 
 Tensor = torch.Tensor
 
-# MAX_HIDDEN of kernels/ops/layer_norm.py.
-_TRITON_NEEDS = Needs(device="cuda", dtypes=FLOATS, module="triton", rules=(last_dim_up_to(32768),))
-
-
-def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """Weight and bias in one dtype that the kernels read, and its code."""
-    weight, bias = parameter_for(x, weight), parameter_for(x, bias)
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        weight, bias = weight.float(), bias.float()
-    given = weight if weight is not None else bias
-    return weight, bias, 0 if given is None else DTYPE_CODES[given.dtype]
-
 
 def layer_norm_fwd_cpu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    weight, bias, parameter_code = _parameters(x, weight, bias)
-    y = torch.empty_like(x)
-    h = x if residual is None else torch.empty_like(x)
-    rows = x.shape[:-1].numel()
-    stats = torch.empty((2, rows), dtype=torch.float32)
-    _C.layer_norm_fwd(
-        x.data_ptr(), data_ptr(residual), data_ptr(weight), data_ptr(bias), y.data_ptr(), h.data_ptr(),
-        stats.data_ptr(), rows, x.shape[-1], eps, DTYPE_CODES[x.dtype], parameter_code,
-    )  # fmt: skip
-    return y, h, stats
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return norm_fwd_cpu(_C.layer_norm_fwd, x, weight, bias, eps, residual, 2 if with_stats else 0)
 
 
 def layer_norm_bwd_cpu(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, has_bias: bool, stats: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    h, dy = h.contiguous(), dy.contiguous()
-    dh = None if dh is None else dh.contiguous()
-    weight, _, parameter_code = _parameters(h, weight, None)
-    dx = torch.empty_like(h)
-    dw_db = None if weight is None and not has_bias else torch.empty((2, h.shape[-1]), dtype=torch.float32)
-    _C.layer_norm_bwd(
-        dy.data_ptr(), data_ptr(dh), h.data_ptr(), data_ptr(weight), stats.data_ptr(), dx.data_ptr(), data_ptr(dw_db),
-        stats.shape[1], h.shape[-1], DTYPE_CODES[h.dtype], parameter_code,
-    )  # fmt: skip
+    parameters = weight is not None or has_bias
+    dx, dw_db = norm_bwd_cpu(_C.layer_norm_bwd, dy, dh, h, weight, stats, parameters)
     if dw_db is None:
         return dx, None, None
     return dx, None if weight is None else dw_db[0], dw_db[1] if has_bias else None
 
 
 def layer_norm_fwd_triton(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     from tpweave.kernels.ops.layer_norm import layer_norm_fwd
 
-    weight, bias, residual = (None if t is None else t.contiguous() for t in (weight, bias, residual))
-    return layer_norm_fwd(x.contiguous(), weight, bias, eps, residual)
+    y, h, stats = layer_norm_fwd(x.contiguous(), dense(weight), dense(bias), eps, dense(residual))
+    return y, h, stats if with_stats else None
 
 
 def layer_norm_bwd_triton(
@@ -82,19 +53,20 @@ def layer_norm_bwd_triton(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     from tpweave.kernels.ops.layer_norm import layer_norm_bwd
 
-    dh, weight = (None if t is None else t.contiguous() for t in (dh, weight))
-    return layer_norm_bwd(dy.contiguous(), dh, h.contiguous(), weight, has_bias, stats)
+    return layer_norm_bwd(dy.contiguous(), dense(dh), h.contiguous(), dense(weight), has_bias, stats)
 
 
 def layer_norm_fwd_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     h = x if residual is None else x + residual
+    y = layer_norm_reference(h, weight, bias, eps)
+    if not with_stats:
+        return y, h, None
     wide = h if h.dtype == torch.float64 else h.float()
     mean = wide.mean(-1, keepdim=True)
     rstd = torch.rsqrt((wide - mean).pow(2).mean(-1) + eps)
-    stats = torch.stack((mean.flatten(), rstd.flatten()))
-    return layer_norm_reference(h, weight, bias, eps), h, stats
+    return y, h, torch.stack((mean.flatten(), rstd.flatten()))
 
 
 def layer_norm_bwd_reference(
@@ -112,20 +84,20 @@ def layer_norm_bwd_reference(
 
 
 LAYER_NORM = Op("layer_norm", [
-    Backend("cpu", layer_norm_fwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
-    Backend("triton", layer_norm_fwd_triton, _TRITON_NEEDS),
+    Backend("cpu", layer_norm_fwd_cpu, CPU_NEEDS),
+    Backend("triton", layer_norm_fwd_triton, TRITON_NEEDS),
     Backend("reference", layer_norm_fwd_reference, Needs()),
 ])  # fmt: skip
 LAYER_NORM_BWD = Op("layer_norm_bwd", [
-    Backend("cpu", layer_norm_bwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
-    Backend("triton", layer_norm_bwd_triton, _TRITON_NEEDS),
+    Backend("cpu", layer_norm_bwd_cpu, CPU_NEEDS),
+    Backend("triton", layer_norm_bwd_triton, TRITON_NEEDS),
     Backend("reference", layer_norm_bwd_reference, Needs()),
 ])  # fmt: skip
 
 
 def _impl(x, weight, bias, eps, residual, backend):
     row = LAYER_NORM.choose(Inputs([x, weight, bias, residual]), backend)
-    y, h, stats = row.run(x, weight, bias, eps, residual)
+    y, h, stats = row.run(x, weight, bias, eps, residual, True)
     # An op may not return its input: without a residual, h is x and the caller has it.
     return y, h if residual is not None else x.new_empty(0), stats
 
@@ -227,26 +199,10 @@ def layer_norm(
     Example:
         >>> y, h = tpweave.layer_norm(x, weight, bias, residual=h)
     """
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"layer_norm needs a floating-point x of at least 1 dim, got {x.dtype} of shape {tuple(x.shape)}"
-        )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
-            raise ValueError(
-                f"layer_norm: {name} has shape {tuple(parameter.shape)}, x's last dim needs ({x.shape[-1]},)"
-            )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"layer_norm: residual is {residual.dtype} {tuple(residual.shape)}, "
-            f"x is {x.dtype} {tuple(x.shape)}; they must match"
-        )
-    for name, other in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"layer_norm: {name} is on {other.device}, x on {x.device}")
+    check_norm("layer_norm", x, weight, bias, residual)
     if is_plain_call(x, weight, bias, residual):
         row = LAYER_NORM.choose(Inputs((x, weight, bias, residual)), backend)
-        y, h, _ = row.run(x, weight, bias, eps, residual)
+        y, h, _ = row.run(x, weight, bias, eps, residual, False)
     else:
         y, h, _ = _layer_norm_op(x, weight, bias, eps, residual, backend)
     return y if residual is None else (y, h)

@@ -14,55 +14,35 @@ from typing import overload
 
 import torch
 
-from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op, last_dim_up_to
+from tpweave.dispatch import Backend, Inputs, Needs, Op
 from tpweave.library import is_plain_call, register_op
-from tpweave.native import _C, DTYPE_CODES, data_ptr, parameter_for
+from tpweave.native import _C
+from tpweave.ops.norm_common import CPU_NEEDS, TRITON_NEEDS, check_norm, dense, norm_bwd_cpu, norm_fwd_cpu
 from tpweave.reference.ops.rms_norm import rms_norm_reference
 
 Tensor = torch.Tensor
 
-# MAX_HIDDEN of kernels/ops/rms_norm.py.
-_TRITON_NEEDS = Needs(device="cuda", dtypes=FLOATS, module="triton", rules=(last_dim_up_to(32768),))
-
 
 def rms_norm_fwd_cpu(
-    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    weight = parameter_for(x, weight)
-    y = torch.empty_like(x)
-    h = x if residual is None else torch.empty_like(x)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
-    _C.rms_norm_fwd(
-        x.data_ptr(), data_ptr(residual), data_ptr(weight), y.data_ptr(), h.data_ptr(), rstd.data_ptr(),
-        rstd.numel(), x.shape[-1], eps, DTYPE_CODES[x.dtype], 0 if weight is None else DTYPE_CODES[weight.dtype],
-    )  # fmt: skip
-    return y, h, rstd
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, with_rstd: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return norm_fwd_cpu(_C.rms_norm_fwd, x, weight, None, eps, residual, 1 if with_rstd else 0)
 
 
 def rms_norm_bwd_cpu(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    h, dy = h.contiguous(), dy.contiguous()
-    dh = None if dh is None else dh.contiguous()
-    w = parameter_for(h, weight)
-    dx = torch.empty_like(h)
-    dw = None if weight is None else torch.empty(h.shape[-1], dtype=torch.float32)
-    _C.rms_norm_bwd(
-        dy.data_ptr(), data_ptr(dh), h.data_ptr(), data_ptr(w), rstd.data_ptr(), dx.data_ptr(), data_ptr(dw),
-        rstd.numel(), h.shape[-1], DTYPE_CODES[h.dtype], 0 if w is None else DTYPE_CODES[w.dtype],
-    )  # fmt: skip
-    return dx, None if weight is None or dw is None else dw.to(weight.dtype)
+    dx, dw = norm_bwd_cpu(_C.rms_norm_bwd, dy, dh, h, weight, rstd, weight is not None)
+    return dx, None if weight is None or dw is None else dw[0].to(weight.dtype)
 
 
 def rms_norm_fwd_triton(
-    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, with_rstd: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     from tpweave.kernels.ops.rms_norm import rms_norm_fwd
 
-    weight = None if weight is None else weight.contiguous()
-    return rms_norm_fwd(x.contiguous(), weight, eps, None if residual is None else residual.contiguous())
+    y, h, rstd = rms_norm_fwd(x.contiguous(), dense(weight), eps, dense(residual))
+    return y, h, rstd if with_rstd else None
 
 
 def rms_norm_bwd_triton(
@@ -70,28 +50,27 @@ def rms_norm_bwd_triton(
 ) -> tuple[Tensor, Tensor | None]:
     from tpweave.kernels.ops.rms_norm import rms_norm_bwd
 
-    dh = None if dh is None else dh.contiguous()
-    w = None if weight is None else weight.contiguous()
-    dx, dw = rms_norm_bwd(dy.contiguous(), dh, h.contiguous(), w, rstd)
+    dx, dw = rms_norm_bwd(dy.contiguous(), dense(dh), h.contiguous(), dense(weight), rstd)
     return dx, None if weight is None or dw is None else dw.to(weight.dtype)
 
 
 def rms_norm_fwd_reference(
-    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, with_rstd: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     h = x if residual is None else x + residual
     wide = h if h.dtype == torch.float64 else h.float()
-    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps).view(1, -1) if with_rstd else None
     return rms_norm_reference(h, weight, eps), h, rstd
 
 
 def rms_norm_bwd_reference(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    xhat = h.to(rstd.dtype) * rstd[..., None]
+    rstd = rstd.view(*h.shape[:-1], 1)
+    xhat = h.to(rstd.dtype) * rstd
     g = dy.to(rstd.dtype)
     gw = g if weight is None else g * weight.to(rstd.dtype)
-    dx = (gw - xhat * (gw * xhat).mean(-1, keepdim=True)) * rstd[..., None]
+    dx = (gw - xhat * (gw * xhat).mean(-1, keepdim=True)) * rstd
     if dh is not None:
         dx = dx + dh.to(rstd.dtype)
     dw = None if weight is None else (g * xhat).flatten(0, -2).sum(0).to(weight.dtype)
@@ -99,26 +78,26 @@ def rms_norm_bwd_reference(
 
 
 RMS_NORM = Op("rms_norm", [
-    Backend("cpu", rms_norm_fwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
-    Backend("triton", rms_norm_fwd_triton, _TRITON_NEEDS),
+    Backend("cpu", rms_norm_fwd_cpu, CPU_NEEDS),
+    Backend("triton", rms_norm_fwd_triton, TRITON_NEEDS),
     Backend("reference", rms_norm_fwd_reference, Needs()),
 ])  # fmt: skip
 RMS_NORM_BWD = Op("rms_norm_bwd", [
-    Backend("cpu", rms_norm_bwd_cpu, Needs(device="cpu", dtypes=FLOATS)),
-    Backend("triton", rms_norm_bwd_triton, _TRITON_NEEDS),
+    Backend("cpu", rms_norm_bwd_cpu, CPU_NEEDS),
+    Backend("triton", rms_norm_bwd_triton, TRITON_NEEDS),
     Backend("reference", rms_norm_bwd_reference, Needs()),
 ])  # fmt: skip
 
 
 def _impl(x, weight, eps, residual, backend):
-    y, h, rstd = RMS_NORM.choose(Inputs([x, weight, residual]), backend).run(x, weight, eps, residual)
+    y, h, rstd = RMS_NORM.choose(Inputs([x, weight, residual]), backend).run(x, weight, eps, residual, True)
     # An op may not return its input: without a residual, h is x and the caller has it.
     return y, h if residual is not None else x.new_empty(0), rstd
 
 
 def _fake(x, weight, eps, residual, backend):
     h = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rstd = x.new_empty((1, x.shape[:-1].numel()), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), h, rstd
 
 
@@ -187,23 +166,10 @@ def rms_norm(
     Example:
         >>> y, h = tpweave.rms_norm(x, weight, 1e-6, residual=h)
     """
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"rms_norm needs a floating-point x of at least 1 dim, got {x.dtype} of shape {tuple(x.shape)}"
-        )
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x's last dim needs ({x.shape[-1]},)")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, "
-            f"x is {x.dtype} {tuple(x.shape)}; they must match"
-        )
-    for name, other in (("weight", weight), ("residual", residual)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"rms_norm: {name} is on {other.device}, x on {x.device}")
+    check_norm("rms_norm", x, weight, None, residual)
     if is_plain_call(x, weight, residual):
         row = RMS_NORM.choose(Inputs((x, weight, residual)), backend)
-        y, h, _ = row.run(x, weight, eps, residual)
+        y, h, _ = row.run(x, weight, eps, residual, False)
     else:
         y, h, _ = _rms_norm_op(x, weight, eps, residual, backend)
     return y if residual is None else (y, h)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
-from tpweave.library import is_plain_call, register_op
-from tpweave.native import _C, DTYPE_CODES, dense_last_dim
+from tpweave.library import register_op
+from tpweave.native import _C, DTYPE_CODES, dense_last_dim, empty_dense
 from tpweave.reference.ops.rope import rope_reference
 
 Tensor = torch.Tensor
@@ -30,14 +30,13 @@ def _angles(table: Tensor) -> tuple[Tensor, int, int]:
 
 
 def rope_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    q_out, k_out = empty_dense(q), empty_dense(k)
     q, k = dense_last_dim(q), dense_last_dim(k)
     cos, *cos_strides = _angles(cos)
     sin, *sin_strides = _angles(sin)
     _C.rope(
-        q.data_ptr(), k.data_ptr(), q_out.data_ptr(), k_out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-        q.stride()[:3], k.stride()[:3], [*cos_strides, *sin_strides], *q.shape[:3], k.shape[2], q.shape[3],
-        cos.shape[-1], interleaved, inverse, DTYPE_CODES[q.dtype], DTYPE_CODES[cos.dtype],
+        q, k, q_out, k_out, cos, sin, q.stride()[:3], k.stride()[:3], [*cos_strides, *sin_strides], *q.shape[:3],
+        k.shape[2], q.shape[3], cos.shape[-1], interleaved, inverse, DTYPE_CODES[q.dtype], DTYPE_CODES[cos.dtype],
     )  # fmt: skip
     return q_out, k_out
 
@@ -142,5 +141,4 @@ def rope(
             raise ValueError(f"rope: {name} is on {other.device}, q on {q.device}")
     if cos.dtype not in (q.dtype, torch.float32) or cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
-    run = _impl if is_plain_call(q, k, cos, sin) else _rope_op
-    return run(q, k, cos, sin, interleaved, False, backend)
+    return _rope_op(q, k, cos, sin, interleaved, False, backend)
