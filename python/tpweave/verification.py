@@ -123,6 +123,26 @@ def _paged_inputs(draw: Draw) -> tuple[Tensor, ...]:
     return q, draw.normal(9, 8, 2, 40), draw.normal(9, 8, 2, 24), cu_q, cu_k, table.to(draw.device, torch.int32)
 
 
+def _decode_inputs(draw: Draw, new: int = 0) -> tuple[Tensor, ...]:
+    """Queries of 6 heads on 2 KV heads, caches of 150 keys, how many are in use, and new keys and values."""
+    return (
+        draw.normal(2, 3, 6, 40), draw.normal(2, 150, 2, 40), draw.normal(2, 150, 2, 24), draw.integers(140, 2),
+        draw.normal(2, new, 2, 40), draw.normal(2, new, 2, 24),
+    )  # fmt: skip
+
+
+def _decode(inputs: Sequence[Any], backend: str | None, **options: Any) -> tuple[Tensor, ...]:
+    """Output, log-sum-exp, and the caches afterwards."""
+    q, k_cache, v_cache, lengths, k_new, v_new = inputs[:6]
+    caches = k_cache.clone(), v_cache.clone()
+    out, lse = tpweave.attention_decode(
+        q, *caches, k_new=k_new, v_new=v_new, cache_seqlens=lengths, causal=True, return_lse=True, backend=backend,
+        **options,
+    )  # fmt: skip
+    # Codes are compared as the numbers they are.
+    return out, lse, *(cache if cache.is_floating_point() else cache.to(out.dtype) for cache in caches)
+
+
 def _uneven(draw: Draw) -> list[int]:
     return [3 + rank for rank in range(draw.ranks)]
 
@@ -190,6 +210,38 @@ CHECKS: tuple[Check, ...] = (
         lambda i, backend, _: tpweave.attention_varlen(
             *i[:5], 33, 45, block_table=i[5], window=(7, 3), backend=backend
         ),
+    ),
+    Check(
+        "attention_decode", "2x3 queries heads 6/2 cache 150",
+        _decode_inputs,
+        lambda i, backend, _: _decode(i, backend),
+        gradients=False,
+    ),
+    Check(
+        "attention_decode", "append 4, rotary",
+        lambda d: (*_decode_inputs(d, 4), *_angles(d, 150, 15)),
+        lambda i, backend, _: _decode(i, backend, rotary_cos=i[6], rotary_sin=i[7]),
+        gradients=False,
+    ),
+    Check(
+        "attention_decode", "pages of 10",
+        lambda d: (*_decode_inputs(d, 2), torch.arange(30, device=d.device).flip(0).int().view(2, 15)),
+        lambda i, backend, _: _decode(
+            [i[0], *(x.reshape(30, 10, *x.shape[2:]) for x in i[1:3]), *i[3:]], backend, block_table=i[6]
+        ),
+        gradients=False,
+    ),
+    Check(
+        "attention_decode", "int8 cache",
+        lambda d: (d.normal(2, 3, 6, 40), *((d.integers(255, 2, 150, 2, 40) - 127).to(torch.int8) for _ in range(2)),
+                   d.integers(140, 2), d.normal(2, 0, 2, 40), d.normal(2, 0, 2, 40)),
+        lambda i, backend, _: _decode(i, backend, k_scale=0.02, v_scale=0.03),
+        gradients=False,
+    ),
+    Check(
+        "merge_attention", "3 parts",
+        lambda d: [d.normal(2, 5, 3, 40) for _ in range(3)] + [d.normal(2, 3, 5).float() for _ in range(3)],
+        lambda i, backend, _: tpweave.merge_attention(i[:3], i[3:], backend=backend),
     ),
     *(
         Check(
