@@ -13,7 +13,7 @@ from tpweave.comm.regions import copy_to_ranks
 from tpweave.distributed.group import resolve_group
 from tpweave.layers.heads import HeadSplit, LocalHeads
 from tpweave.layers.linear import ColumnParallelLinear, RowParallelLinear
-from tpweave.ops.attention import attention
+from tpweave.ops.attention import attention, dropout_seed
 from tpweave.ops.rope import rope
 
 Tensor = torch.Tensor
@@ -36,20 +36,39 @@ def shard_projections(
 
 
 def attend_local_heads(
-    heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, *, function: Callable[..., Any] = attention, **options: Any
-) -> Tensor:
+    heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, *, group: Any = None, function: Callable[..., Any] = attention,
+    sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, bias: Tensor | None = None,
+    mask: Tensor | None = None, dropout_p: float = 0.0, seed: Any = None, **options: Any,
+) -> Tensor:  # fmt: skip
     """Attention over this rank's heads, however its query heads map to its KV heads.
 
-    q: [B, Sq, num_q, D]; k, v: [B, Skv, num_kv, D]; `function(q, k, v, **options)` is `tpweave.attention` or like it.
-    Returns [B, Sq, num_q, D].
+    q: [B, Sq, num_q, D]; k, v: [B, Skv, num_kv, D] (or [T, heads, D] for a `function` that takes that); `function` is
+    `tpweave.attention` or like it, and gets `options`. sinks, alibi_slopes, bias and mask are those of all ranks' heads
+    (or broadcast over heads), of which this takes its own; `group` sums the gradients of sinks and bias over its ranks.
+    Dropout is what one process would draw, if the ranks' generators stand alike. Returns [B, Sq, num_q, D].
     """
+    if group is not None:
+        sinks, bias = (x if x is None or not x.requires_grad else copy_to_ranks(x, group) for x in (sinks, bias))
+
+    def own(x: Tensor | None, dim: int) -> Tensor | None:
+        return x if x is None or x.shape[dim] == 1 else x.narrow(dim, heads.first_q, heads.num_q)
+
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, None]
+    sinks = None if sinks is None else sinks.narrow(0, heads.first_q, heads.num_q)
+    alibi_slopes, bias, mask = own(alibi_slopes, -1), own(bias, 1), own(mask, -3)
+    seed = dropout_seed(dropout_p, seed)
     if heads.num_q == 0:
-        # Nothing to compute, but the result depends on q, k and v: backward has its collectives on every rank.
-        return q + k[:, :1, :0] + v[:, :1, :0]
+        # Nothing to compute, but the result depends on all inputs: backward has its collectives on every rank.
+        nothing = sum(x.flatten()[:0].sum() for x in (k, v, sinks, bias) if x is not None)
+        return q.sum(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1]) + nothing
     if heads.kv_index is not None:
         index = torch.tensor(heads.kv_index, device=k.device)
-        k, v = k.index_select(2, index), v.index_select(2, index)
-    return function(q, k, v, **options)
+        k, v = k.index_select(-2, index), v.index_select(-2, index)
+    if dropout_p > 0:
+        options.update(dropout_p=dropout_p, seed=seed, head_offset=heads.first_q)
+    given = {"sinks": sinks, "alibi_slopes": alibi_slopes, "bias": bias, "mask": mask}
+    return function(q, k, v, **{name: x for name, x in given.items() if x is not None}, **options)
 
 
 class ParallelAttention(nn.Module):
@@ -127,9 +146,10 @@ class ParallelAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = shard_projections(q, k, v, o, self.split, group)
 
     def forward(
-        self, x: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """x: [B, S, H]; cos, sin: as of `tpweave.rope`, for a rotary embedding; mask: as of `tpweave.attention`."""
+        """x: [B, S, H]; cos, sin: as of `tpweave.rope`, for a rotary embedding; options: those of `tpweave.attention`
+        (mask, window, softcap, dropout_p ...); what they hold per head is of all heads, and the same on all ranks."""
         x = copy_to_ranks(x, self.group)
         shape = (*x.shape[:2], -1, self.split.head_dim)
         q, k, v = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -137,7 +157,7 @@ class ParallelAttention(nn.Module):
             q, k = rope(q, k, cos, sin)
         elif cos is not None or sin is not None:
             raise ValueError("ParallelAttention needs both cos and sin, or neither")
-        y = attend_local_heads(self.heads, q, k, v, causal=self.causal, mask=mask)
+        y = attend_local_heads(self.heads, q, k, v, group=self.group, causal=self.causal, **options)
         return self.o_proj(y.flatten(2))
 
     def extra_repr(self) -> str:

@@ -1,26 +1,22 @@
-"""The one place that knows Transformers' interfaces: written for 5.17 to 5.23, tested with 5.23. Imports it lazily.
+"""Transformers' attention through `tpweave.attention`: `attn_implementation="tpweave"`. This file and `hf_masks.py` are
+the only ones that know Transformers' interfaces; they import it lazily.
 
 Attention functions of Transformers get q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D] and a mask that a mask function made
 for their name. Both are registered under `ATTENTION_NAME`: a name without a mask function would silently lose all
 masks, and names that contain "flash", "sdpa" or "flex_attention" are treated specially by many models.
 
-Masks that our mask function makes, and what the attention function makes of them:
-
-    None                          no padding; causal where the module is, and then keys beyond the queries are unused
-    uint8 [B, 1, 1, K]            causal (with the module's window) over the first K keys, of which 0 marks padding
-    bool [B, 1, 1, Skv]           not causal, False marks padding
-    bool [B, 1 or Hq, Sq, Skv]    everything is in the mask (True: may see)
-    floating [B, 1 or Hq, Sq, Skv]  likewise, added to the scores; only callers' own masks
-
-The first three keep the kernel free of Sq x Skv masks. uint8 is never a mask of Transformers' own, and survives what
-callers do to masks (copies, gradient checkpointing, precomputed masks of static caches).
+One of these special cases is wanted: vision towers of packed images (Qwen2-VL and its relatives) hand the whole pack
+with `cu_seq_lens_q` to implementations with "flash" in their name, and loop over the images for all others. A model
+cannot be given such a name, for then Transformers looks for a package of flash attention. The attention modules of
+such towers alone get it, through a view of their config (`_PackedConfig`), when they first run.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import inspect
+import sys
 from typing import Any
 
 import torch
@@ -30,28 +26,44 @@ from tpweave.dispatch import warn_once
 from tpweave.errors import UnsupportedModelError
 from tpweave.layers.attention import attend_local_heads
 from tpweave.layers.heads import LocalHeads
-from tpweave.reference.ops.attention import visible_keys
+from tpweave.ops.attention import dropout_seed
+from tpweave.patch.hf_masks import attention_mask, layout_of
 
 Tensor = torch.Tensor
 
 ATTENTION_NAME = "tpweave"
+PACKED_NAME = "tpweave_flash"
 OLDEST = (5, 17)
 
 
 @functools.cache
 def register_attention() -> None:
-    """Make `ATTENTION_NAME` known to Transformers.
+    """Make `attn_implementation="tpweave"` known to Transformers 5.17 and newer.
+
+    After it, models take that name at construction (`from_pretrained`, `from_config`) and in
+    `model.set_attn_implementation`. Padding, packed sequences, sliding windows, chunks, softcap, sinks, position
+    biases, dropout, caches and gradient checkpointing work as with the eager implementation. Nothing is registered by
+    `import tpweave`: it would have to load Transformers, or would depend on what was imported before.
+
+    Packed sequences are those of `position_ids` that start again in a row, or of `cu_seq_lens_q`, `cu_seq_lens_k`,
+    `max_length_q` and `max_length_k` (as for flash attention), which `tpweave.pack_padded` makes from a padded batch.
+    Attention weights are computed where `output_attentions=True` asks for them, at the price of a second pass.
 
     Raises:
         UnsupportedModelError: Transformers is older than 5.17.
+
+    Example:
+        >>> tpweave.register_attention()
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model", attn_implementation="tpweave")
     """
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
         raise UnsupportedModelError(f"Transformers {transformers.__version__} is too old: tpweave needs 5.17 or newer")
-    AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
+    for name in (ATTENTION_NAME, PACKED_NAME):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, attention_mask)
 
 
 def use_attention(model: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -72,104 +84,133 @@ def use_attention(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     return before
 
 
-def attention_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None,
-    local_size: int | None = None, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False,
-    use_vmap: bool = False, device: Any = "cpu", **kwargs: Any,
-) -> Tensor | None:  # fmt: skip
-    """Transformers' mask interface: see the module's table for what is returned.
+class _PackedConfig:
+    """A view of a config that names our attention `PACKED_NAME`, for as long as the config itself names it at all."""
 
-    Transformers allows the causal (or bidirectional) skip only where the pattern is nothing but causal (everything),
-    the window `local_size`, and padding.
-    """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    def __init__(self, config: Any) -> None:
+        self.tpweave_config = config
 
-    plain_full = allow_is_bidirectional_skip and not allow_is_causal_skip and local_size is None
-    if not torch.compiler.is_compiling() and (allow_is_causal_skip or plain_full):
-        # Keys up to the last query: a static cache has more.
-        seen = int(q_offset) + q_length - kv_offset if allow_is_causal_skip else kv_length
-        visible = None
-        if attention_mask is not None:
-            known = attention_mask[:, kv_offset : kv_offset + seen].bool()
-            visible = nn.functional.pad(known, (0, seen - known.shape[1]))
-            if bool(visible.all()):
-                visible = None
-        if plain_full:
-            return None if visible is None else visible[:, None, None, :]
-        if visible is None:
-            ends_with_queries = seen == kv_length and q_length in (1, kv_length)
-            if ends_with_queries or (q_length > 1 and seen == q_length):
-                return None
-            visible = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
-        return visible.to(torch.uint8)[:, None, None, :]
-    whole: Any = sdpa_mask
-    return whole(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function or causal_mask_function, attention_mask=attention_mask, local_size=local_size,
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device, **kwargs,
-    )  # fmt: skip
+    @property
+    def _attn_implementation(self) -> str | None:
+        name = self.tpweave_config._attn_implementation
+        return PACKED_NAME if name == ATTENTION_NAME else name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tpweave_config" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tpweave_config, name)
+
+
+@functools.cache
+def _takes_packed_images(kind: type[nn.Module]) -> bool:
+    return "cu_seqlens" in inspect.signature(kind.forward).parameters
+
+
+def _stop_looping(module: nn.Module) -> None:
+    """From its next call on, a tower's attention that gets `cu_seqlens` passes them to us instead of looping."""
+    config = module.__dict__.get("config")
+    if getattr(config, "_attn_implementation", None) == ATTENTION_NAME and _takes_packed_images(type(module)):
+        module.config = _PackedConfig(config)
+
+
+def _weights_wanted() -> bool:
+    """Whether the model under way records attention weights: some do not tell the attention function so."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    recorded = None if collector is None else collector.get()
+    return any("attentions" in name for name in recorded or ())
 
 
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, sliding_window: int | None = None, is_causal: bool | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    scaling: float | None = None, softcap: float | None = None, is_causal: bool | None = None,
+    s_aux: Tensor | None = None, position_bias: Tensor | None = None, cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None, max_length_q: Any = None,
+    max_length_k: Any = None, output_attentions: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Transformers' attention interface over this rank's heads: q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D].
 
+    A `sliding_window` among `kwargs` is not read: the mask has it, where the model means it.
+
     Returns:
-        ([B, Sq, Hq, D], None): attention weights are never formed.
+        ([B, Sq, Hq, D], None), or in place of None the weights [B, Hq, Sq, Skv] with `output_attentions`.
 
     Raises:
-        ValueError: a feature of other families (softcap, sinks, position bias, paged cache), or a mask per head.
+        ValueError: a mask of an integer dtype or not of 4 dims, or packed sequences with a position bias.
     """
-    for name in ("softcap", "s_aux", "position_bias", "cache"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"tpweave's attention takes no {name}; attention=False keeps the model's own")
-    if kwargs.get("output_attentions"):
-        warn_once("output_attentions: tpweave's attention never forms the weights, they are None")
+    if not torch.compiler.is_compiling():
+        _stop_looping(module)
+        output_attentions = output_attentions or _weights_wanted()
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    heads = getattr(module, "tpweave_heads", None) or LocalHeads(0, q.shape[2], k.shape[2], None)
-    mask, bias = attention_mask, None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask, bias, window = attention_mask, position_bias, (-1, -1)
+    layout = None if mask is None else layout_of(mask)
+    packed = cu_seq_lens_q is not None and (mask is None or (layout is not None and layout.visible is None))
+    if packed or mask is None:
+        pass
+    elif mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point() or layout is not None):
+        raise ValueError(f"attention_mask is {mask.dtype} {tuple(mask.shape)}; it needs 4 dims, bool or floating-point")
+    heads = getattr(module, "tpweave_heads", None) or LocalHeads(0, q.shape[2], k.shape[2], None)
+    options: dict[str, Any] = {
+        "group": getattr(module, "tpweave_group", None), "softmax_scale": scaling, "softcap": softcap or 0.0,
+        "sinks": s_aux, "dropout_p": dropout, "seed": dropout_seed(dropout, None),
+    }  # fmt: skip
+    sequences = None
+    if packed:
+        window = (-1, -1) if layout is None else layout.window
+        cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        lengths = ((max_length_q, cu_seq_lens_q), (max_length_k, cu_seq_lens_k))
+        max_q, max_k = (int(cu.diff().max() if longest is None else longest) for longest, cu in lengths)
+        sequences = (cu_seq_lens_q, cu_seq_lens_k, max_q, max_k)
+    elif layout is not None and layout.cu_seqlens is not None and bias is None and not output_attentions:
+        causal, window = True, layout.window
+        sequences = (layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length)
+    if sequences is not None:
+        if bias is not None:
+            raise ValueError("packed sequences with a position bias: pass a mask or padded sequences instead")
+        if output_attentions:
+            warn_once("output_attentions: attention over packed sequences forms no weights, they are None")
+        out = _packed(heads, q, k, v, sequences, causal=causal, window=window, **options)
+        if not packed and layout is not None and layout.visible is not None:
+            out = out.masked_fill(~layout.visible[..., None, None], 0.0)
+        return out, None
     if mask is None:
-        if causal and q.shape[1] > 1:
+        causal = causal and q.shape[1] > 1
+        if causal:
             k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-    elif mask.shape[1] != 1:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}; it must be the same for all heads")
-    elif mask.dtype == torch.uint8 and mask.shape[2] == 1:
-        k, v = k[:, : mask.shape[-1]], v[:, : mask.shape[-1]]
-        mask, causal = mask.bool(), True
-    elif mask.dtype == torch.bool:
-        causal = False
+    elif layout is not None and mask.dtype == torch.int32:
+        k, v = k[:, : layout.keys], v[:, : layout.keys]
+        mask, window, causal = layout.visible, layout.window, layout.window[1] == 0
     elif mask.is_floating_point():
-        mask, bias, causal = None, mask, False
+        bias, mask, causal = mask[..., : k.shape[1]] if bias is None else bias + mask, None, False
     else:
-        raise ValueError(f"attention_mask is {mask.dtype} {tuple(mask.shape)}; a 4-D mask is boolean or floating-point")
-    # A mask that is whole has the window in it already.
-    window = (sliding_window - 1, 0) if sliding_window is not None and causal else (-1, -1)
-    if dropout > 0.0 or bias is not None:
-        warn_once("attention with dropout or an additive mask runs unfused, in torch's scaled_dot_product_attention")
-        return _unfused(heads, q, k, v, mask, bias, causal, window, scaling, dropout), None
-    return attend_local_heads(heads, q, k, v, causal=causal, window=window, softmax_scale=scaling, mask=mask), None
+        causal = False
+    bias = None if bias is None else bias[..., : k.shape[1]]
+    attend = functools.partial(
+        attend_local_heads, heads, q, k, causal=causal, window=window, mask=mask, bias=bias, **options
+    )
+    weights = None
+    if output_attentions:
+        # The weights are the output for values that are the rows of the identity.
+        keys = k.shape[1]
+        identity = torch.eye(keys, dtype=v.dtype, device=v.device)[:, None].expand(*v.shape[:3], keys)
+        weights = nn.functional.pad(attend(identity).transpose(1, 2), (0, key.shape[2] - keys))
+    return attend(v), weights
 
 
-def _unfused(
-    heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool,
-    window: tuple[int, int], scaling: float | None, dropout: float,
-) -> Tensor:  # fmt: skip
-    """The same by torch, for what `tpweave.attention` does not take. Masks as there, dropout besides."""
-    for other in (mask, visible_keys(q.shape[1], k.shape[1], causal, window, q.device)):
-        if other is not None:
-            bias = torch.where(other, 0.0 if bias is None else bias, float("-inf")).to(q.dtype)
-    # Ranks have different numbers of heads, so they draw different numbers of random values here. Each draws from a
-    # generator of its own, seeded from the common one: that stays in step, for the dropouts outside.
-    seed = int(torch.randint(2**62, ())) + heads.first_q
-    with torch.random.fork_rng(devices=[q.device] if q.is_cuda else [], enabled=dropout > 0.0):
-        if dropout > 0.0:
-            torch.manual_seed(seed)
-        return attend_local_heads(
-            heads, q, k, v, function=lambda q, k, v: nn.functional.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, dropout, scale=scaling, enable_gqa=True
-            ).transpose(1, 2)
-        )  # fmt: skip
+def _packed(
+    heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, sequences: tuple[Tensor, Tensor, int, int], **options: Any
+) -> Tensor:
+    from tpweave.ops.attention_varlen import attention_varlen
+
+    cu_q, cu_k, max_q, max_k = sequences
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        cu_seqlens = cu_q.to(torch.int32), cu_k.to(torch.int32)
+        out: Any = attention_varlen(q, k, v, *cu_seqlens, max_q, max_k, **options)
+        return out
+
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    return attend_local_heads(heads, *flat, function=attend, **options).unflatten(0, q.shape[:2])

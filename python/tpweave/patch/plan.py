@@ -217,7 +217,7 @@ class Planner:
             "q_size": heads.num_q * head_dim,
             "groups": heads.num_q // heads.num_kv,
         }
-        self.plan.attributes.append((core, "tpweave_heads", heads))
+        self.plan.attributes += [(core, "tpweave_heads", heads), (core, "tpweave_group", self.group)]
         for name, value in spec.local_attributes.items():
             self.plan.attributes.append((core, name, values[value]))
         self.plan.hooks.append((core, CopyInput(self.group)))
