@@ -6,6 +6,7 @@ from torch import nn
 
 from tpweave.layers import ParallelAttention
 from tpweave.layers.heads import HeadSplit
+from tpweave.ops.attention import attention
 from tpweave.ops.rope import rope
 from tpweave.testing import run_ranks
 
@@ -106,3 +107,32 @@ def test_heads_are_divided_evenly_and_replicated_where_needed(num_q, num_kv, ran
 def test_bad_input_names_the_values(make, seen):
     with pytest.raises(ValueError, match=seen):
         make()
+
+
+def check_features(rank, size, num_q, num_kv, splits):
+    """Sinks, slopes, bias, masks and dropout of each head, with the gradients that sinks and bias get on all ranks."""
+    torch.manual_seed(0)
+    sizes = [(HIDDEN, num_q * HEAD_DIM), *[(HIDDEN, num_kv * HEAD_DIM)] * 2, (num_q * HEAD_DIM, HIDDEN)]
+    linears = [nn.Linear(*shape) for shape in sizes]
+    x = torch.randn(2, SEQUENCE, HIDDEN)
+    options = {
+        "alibi_slopes": torch.rand(num_q), "softcap": 2.0, "window": (4, -1), "dropout_p": 0.3, "seed": 5,
+        "mask": torch.rand(2, num_q, SEQUENCE, SEQUENCE) < 0.9,
+    }  # fmt: skip
+    learned = {"sinks": torch.randn(num_q), "bias": torch.randn(1, num_q, SEQUENCE, SEQUENCE)}
+    stock = {name: value.clone().requires_grad_() for name, value in learned.items()}
+    own = {name: value.clone().requires_grad_() for name, value in learned.items()}
+    q, k, v = (linear(x).view(2, SEQUENCE, -1, HEAD_DIM) for linear in linears[:3])
+    want = linears[3](attention(q, k, v, causal=True, **options, **stock).flatten(2))
+    want.square().sum().backward()
+    layer = ParallelAttention.from_linears(*linears, HEAD_DIM, causal=True, splits=splits)
+    got = layer(x, **options, **own)
+    got.square().sum().backward()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for name, value in own.items():
+        torch.testing.assert_close(value.grad, stock[name].grad, rtol=1e-4, atol=1e-5, msg=f"{name} on rank {rank}")
+
+
+@pytest.mark.parametrize(("size", "splits"), [(2, None), (3, [4, 0, 2])])
+def test_features_of_each_head(size, splits):
+    run_ranks(size, check_features, 6, 2, splits)

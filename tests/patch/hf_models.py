@@ -43,10 +43,14 @@ def decoders():
         "llama4": (
             "Llama4ForCausalLM",
             lambda: hf.Llama4TextConfig(
-                **DECODER, intermediate_size_mlp=20, num_local_experts=2, interleave_moe_layer_step=2, no_rope_layers=[1, 0],
+                **DECODER,
+                intermediate_size_mlp=20,
+                num_local_experts=2,
+                interleave_moe_layer_step=2,
+                no_rope_layers=[1, 0],
                 attention_chunk_size=5,
             ),
-        ),  # fmt: skip
+        ),
         # Its mask has a window that its attention is not told of.
         "phimoe": (
             "PhimoeForCausalLM",
@@ -55,10 +59,19 @@ def decoders():
         "gpt2": (
             "GPT2LMHeadModel",
             lambda: hf.GPT2Config(
-                vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=3, n_positions=64, bos_token_id=1, eos_token_id=None,
-                pad_token_id=PAD, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+                vocab_size=VOCAB,
+                n_embd=24,
+                n_layer=2,
+                n_head=3,
+                n_positions=64,
+                bos_token_id=1,
+                eos_token_id=None,
+                pad_token_id=PAD,
+                attn_pdrop=0.0,
+                embd_pdrop=0.0,
+                resid_pdrop=0.0,
             ),
-        ),  # fmt: skip
+        ),
     }
 
 
@@ -74,10 +87,16 @@ def others():
         "modernbert": (
             "ModernBertForMaskedLM",
             lambda: hf.ModernBertConfig(
-                **text, local_attention=6, global_attn_every_n_layers=2, reference_compile=False, bos_token_id=1,
-                eos_token_id=2, cls_token_id=1, sep_token_id=2,
+                **text,
+                local_attention=6,
+                global_attn_every_n_layers=2,
+                reference_compile=False,
+                bos_token_id=1,
+                eos_token_id=2,
+                cls_token_id=1,
+                sep_token_id=2,
             ),
-        ),  # fmt: skip
+        ),
         "vit": ("ViTForImageClassification", lambda: hf.ViTConfig(**VISION, **no_dropout, num_labels=3)),
         "clip": (
             "CLIPModel",
@@ -90,26 +109,52 @@ def others():
         "whisper": (
             "WhisperForConditionalGeneration",
             lambda: hf.WhisperConfig(
-                vocab_size=VOCAB, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=3,
-                decoder_attention_heads=3, encoder_ffn_dim=20, decoder_ffn_dim=20, num_mel_bins=6, max_source_positions=10,
-                max_target_positions=32, pad_token_id=PAD, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-                suppress_tokens=None, begin_suppress_tokens=None, dropout=0.0,
+                vocab_size=VOCAB,
+                d_model=24,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=3,
+                decoder_attention_heads=3,
+                encoder_ffn_dim=20,
+                decoder_ffn_dim=20,
+                num_mel_bins=6,
+                max_source_positions=10,
+                max_target_positions=32,
+                pad_token_id=PAD,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+                suppress_tokens=None,
+                begin_suppress_tokens=None,
+                dropout=0.0,
             ),
-        ),  # fmt: skip
+        ),
         "t5": (
             "T5ForConditionalGeneration",
             lambda: hf.T5Config(
-                vocab_size=VOCAB, d_model=24, d_kv=8, d_ff=20, num_layers=2, num_heads=3, dropout_rate=0.0,
-                pad_token_id=PAD, decoder_start_token_id=PAD, eos_token_id=1,
+                vocab_size=VOCAB,
+                d_model=24,
+                d_kv=8,
+                d_ff=20,
+                num_layers=2,
+                num_heads=3,
+                dropout_rate=0.0,
+                pad_token_id=PAD,
+                decoder_start_token_id=PAD,
+                eos_token_id=1,
             ),
-        ),  # fmt: skip
+        ),
         "llava": (
             "LlavaForConditionalGeneration",
             lambda: hf.LlavaConfig(
-                text_config=hf.LlamaConfig(**DECODER), vision_config=hf.CLIPVisionConfig(**VISION), image_token_index=3,
-                image_seq_length=9, vision_feature_select_strategy="default", vision_feature_layer=-1,
+                text_config=hf.LlamaConfig(**DECODER),
+                vision_config=hf.CLIPVisionConfig(**VISION),
+                image_token_index=3,
+                image_seq_length=9,
+                vision_feature_select_strategy="default",
+                vision_feature_layer=-1,
             ),
-        ),  # fmt: skip
+        ),
         "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl),
     }
 
@@ -119,12 +164,13 @@ def _qwen2_5_vl():
 
     return hf.Qwen2_5_VLConfig(
         text_config={
-            **DECODER, "hidden_size": 32, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+            **DECODER, "hidden_size": 32,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
         },
         vision_config={
-            "hidden_size": 24, "intermediate_size": 20, "out_hidden_size": 32, "depth": 2, "num_heads": 3, "patch_size": 2,
-            "temporal_patch_size": 1, "spatial_merge_size": 2, "window_size": 8, "fullatt_block_indexes": [1],
-            "in_channels": 3,
+            "hidden_size": 24, "intermediate_size": 20, "out_hidden_size": 32, "depth": 2, "num_heads": 3,
+            "patch_size": 2, "temporal_patch_size": 1, "spatial_merge_size": 2, "window_size": 8,
+            "fullatt_block_indexes": [1], "in_channels": 3,
         },
         image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6, pad_token_id=PAD,
     )  # fmt: skip

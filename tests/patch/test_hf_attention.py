@@ -1,4 +1,4 @@
-"""Models with attn_implementation="tpweave" against the eager implementation: outputs, losses, gradients, generation."""
+"""attn_implementation="tpweave" against the eager implementation: outputs, losses, gradients, generation."""
 
 import pytest
 import torch
@@ -198,7 +198,11 @@ def test_output_attentions(name):
     wanted, got = (model(**inputs, output_attentions=True) for model in (eager, ours))
     assert len(got.attentions) == len(wanted.attentions) == 2
     for mine, theirs in zip(got.attentions, wanted.attentions, strict=True):
-        rows = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones(mine.shape[0], mine.shape[2]) > 0
+        rows = (
+            inputs["attention_mask"].bool()
+            if "attention_mask" in inputs
+            else torch.ones(mine.shape[0], mine.shape[2]) > 0
+        )
         assert_near(mine.transpose(1, 2)[rows], theirs.transpose(1, 2)[rows], name)
 
 
@@ -218,8 +222,8 @@ def test_dropout():
 
     tpweave.register_attention()
     config = hf.BertConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3, pad_token_id=PAD,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.4, attn_implementation="tpweave",
+        vocab_size=61, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3,
+        pad_token_id=PAD, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.4, attn_implementation="tpweave",
     )  # fmt: skip
     model = hf.BertForMaskedLM(config).train()
     inputs = padded_text("right")

@@ -145,9 +145,7 @@ class ParallelAttention(nn.Module):
         self.heads, self.causal, self.group = self.split.local(group.rank), causal, group
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = shard_projections(q, k, v, o, self.split, group)
 
-    def forward(
-        self, x: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, cos: Tensor | None = None, sin: Tensor | None = None, **options: Any) -> Tensor:
         """x: [B, S, H]; cos, sin: as of `tpweave.rope`, for a rotary embedding; options: those of `tpweave.attention`
         (mask, window, softcap, dropout_p ...); what they hold per head is of all heads, and the same on all ranks."""
         x = copy_to_ranks(x, self.group)

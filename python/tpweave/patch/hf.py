@@ -17,7 +17,8 @@ import copy
 import functools
 import inspect
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +28,8 @@ from tpweave.errors import UnsupportedModelError
 from tpweave.layers.attention import attend_local_heads
 from tpweave.layers.heads import LocalHeads
 from tpweave.ops.attention import dropout_seed
-from tpweave.patch.hf_masks import attention_mask, layout_of
+from tpweave.ops.attention_varlen import attention_varlen
+from tpweave.patch.hf_masks import Layout, attention_mask, layout_of
 
 Tensor = torch.Tensor
 
@@ -109,8 +111,9 @@ def _takes_packed_images(kind: type[nn.Module]) -> bool:
 def _stop_looping(module: nn.Module) -> None:
     """From its next call on, a tower's attention that gets `cu_seqlens` passes them to us instead of looping."""
     config = module.__dict__.get("config")
-    if getattr(config, "_attn_implementation", None) == ATTENTION_NAME and _takes_packed_images(type(module)):
-        module.config = _PackedConfig(config)
+    kind: Any = type(module)
+    if getattr(config, "_attn_implementation", None) == ATTENTION_NAME and _takes_packed_images(kind):
+        module.__dict__["config"] = _PackedConfig(config)
 
 
 def _weights_wanted() -> bool:
@@ -119,6 +122,51 @@ def _weights_wanted() -> bool:
     collector = getattr(capturing, "_active_collector", None)
     recorded = None if collector is None else collector.get()
     return any("attentions" in name for name in recorded or ())
+
+
+class _Sequences(NamedTuple):
+    """Sequences that lie one after the other: int32 offsets [N + 1], and the longest's length."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @classmethod
+    def of(cls, offsets: Tensor) -> _Sequences:
+        offsets, longest = offsets.to(torch.int32), int(offsets.diff().max())
+        return cls(offsets, offsets, longest, longest)
+
+
+def _given_sequences(cu_q: Tensor | None, cu_k: Tensor | None, max_q: Any, max_k: Any) -> _Sequences | None:
+    if cu_q is None:
+        return None
+    cu_k = cu_q if cu_k is None else cu_k
+    longest = [int(cu.diff().max() if given is None else given) for cu, given in ((cu_q, max_q), (cu_k, max_k))]
+    return _Sequences(cu_q.to(torch.int32), cu_k.to(torch.int32), *longest)
+
+
+def _restarting(position_ids: Tensor | None, shape: Sequence[int]) -> _Sequences | None:
+    """The sequences of one row whose positions start again at its first one: GPT-OSS makes masks that ignore them."""
+    if position_ids is None or position_ids.shape != shape or shape[0] != 1 or torch.compiler.is_compiling():
+        return None
+    positions = position_ids[0]
+    starts = positions.diff(prepend=positions[:1] - 2) != 1
+    if int(starts.sum()) < 2 or not bool((positions[starts] == positions[0]).all()):
+        return None
+    return _Sequences.of(nn.functional.pad(starts.nonzero()[:, 0], (0, 1), value=len(positions)))
+
+
+def _within(given: _Sequences | None, layout: Layout) -> _Sequences:
+    """The sequences of a layout, which may be chunks of the ones given."""
+    assert layout.cu_seqlens is not None
+    if given is None:
+        return _Sequences(layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length)
+    return _Sequences.of(torch.cat([layout.cu_seqlens, given.cu_seqlens_q]).unique())
+
+
+def _is_mask_dtype(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or mask.is_floating_point()
 
 
 def attention_forward(
@@ -147,10 +195,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask, bias, window = attention_mask, position_bias, (-1, -1)
     layout = None if mask is None else layout_of(mask)
-    packed = cu_seq_lens_q is not None and (mask is None or (layout is not None and layout.visible is None))
-    if packed or mask is None:
-        pass
-    elif mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point() or layout is not None):
+    if mask is not None and layout is None and (mask.dim() != 4 or not _is_mask_dtype(mask)):
         raise ValueError(f"attention_mask is {mask.dtype} {tuple(mask.shape)}; it needs 4 dims, bool or floating-point")
     heads = getattr(module, "tpweave_heads", None) or LocalHeads(0, q.shape[2], k.shape[2], None)
     options: dict[str, Any] = {
@@ -158,22 +203,23 @@ def attention_forward(
         "sinks": s_aux, "dropout_p": dropout, "seed": dropout_seed(dropout, None),
     }  # fmt: skip
     sequences = None
-    if packed:
-        window = (-1, -1) if layout is None else layout.window
-        cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        lengths = ((max_length_q, cu_seq_lens_q), (max_length_k, cu_seq_lens_k))
-        max_q, max_k = (int(cu.diff().max() if longest is None else longest) for longest, cu in lengths)
-        sequences = (cu_seq_lens_q, cu_seq_lens_k, max_q, max_k)
-    elif layout is not None and layout.cu_seqlens is not None and bias is None and not output_attentions:
-        causal, window = True, layout.window
-        sequences = (layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length)
+    if mask is None or (layout is not None and (layout.visible is None or layout.cu_seqlens is not None)):
+        given = _given_sequences(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        if given is None and causal and k.shape[1] == q.shape[1]:
+            given = _restarting(kwargs.get("position_ids"), q.shape[:2])
+        sequences = given if layout is None or layout.cu_seqlens is None else _within(given, layout)
+    # A whole mask tells the sequences too.
+    if sequences is not None and given is None and (bias is not None or output_attentions):
+        sequences = None
     if sequences is not None:
         if bias is not None:
             raise ValueError("packed sequences with a position bias: pass a mask or padded sequences instead")
         if output_attentions:
             warn_once("output_attentions: attention over packed sequences forms no weights, they are None")
-        out = _packed(heads, q, k, v, sequences, causal=causal, window=window, **options)
-        if not packed and layout is not None and layout.visible is not None:
+        if layout is not None:
+            window, causal = layout.window, layout.window[1] == 0
+        out = _attend_packed(heads, q, k, v, sequences, causal=causal, window=window, **options)
+        if layout is not None and layout.visible is not None:
             out = out.masked_fill(~layout.visible[..., None, None], 0.0)
         return out, None
     if mask is None:
@@ -188,9 +234,12 @@ def attention_forward(
     else:
         causal = False
     bias = None if bias is None else bias[..., : k.shape[1]]
-    attend = functools.partial(
-        attend_local_heads, heads, q, k, causal=causal, window=window, mask=mask, bias=bias, **options
-    )
+
+    def attend(values: Tensor) -> Tensor:
+        return attend_local_heads(
+            heads, q, k, values, causal=causal, window=window, mask=mask, bias=bias, **options
+        )  # fmt: skip
+
     weights = None
     if output_attentions:
         # The weights are the output for values that are the rows of the identity.
@@ -200,16 +249,9 @@ def attention_forward(
     return attend(v), weights
 
 
-def _packed(
-    heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, sequences: tuple[Tensor, Tensor, int, int], **options: Any
-) -> Tensor:
-    from tpweave.ops.attention_varlen import attention_varlen
-
-    cu_q, cu_k, max_q, max_k = sequences
-
+def _attend_packed(heads: LocalHeads, q: Tensor, k: Tensor, v: Tensor, sequences: _Sequences, **options: Any) -> Tensor:
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        cu_seqlens = cu_q.to(torch.int32), cu_k.to(torch.int32)
-        out: Any = attention_varlen(q, k, v, *cu_seqlens, max_q, max_k, **options)
+        out: Any = attention_varlen(q, k, v, *sequences, **options)
         return out
 
     flat = (x.flatten(0, 1) for x in (q, k, v))

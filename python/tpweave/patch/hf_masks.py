@@ -74,24 +74,20 @@ def attention_mask(
             padding = nn.functional.pad(known, (0, seen - known.shape[1]))
             if bool(padding.all()):
                 padding = None
-        if not allow_is_causal_skip and local_size is None:
-            return None if padding is None else padding[:, None, None, :]
-        if allow_is_causal_skip:
-            width = None if local_size is None else local_size - 1
-            window = (-1 if width is None else width, 0)
-        else:
-            width = local_size
-            window = (local_size, local_size)
-        positions = int(q_offset) + torch.arange(q_length, device=device), kv_offset + torch.arange(seen, device=device)
-        if width is None or _is_window(pattern, positions, window, padding, batch_size):
-            if width is not None and seen <= width + 1:
-                window = (-1, 0) if allow_is_causal_skip else (-1, -1)
-            if padding is None and window[0] < 0:
-                ends_with_queries = seen == kv_length and (q_length in (1, kv_length) or not allow_is_causal_skip)
-                if ends_with_queries or (q_length > 1 and seen == q_length):
-                    return None
-            if padding is not None and window == (-1, -1):
-                return padding[:, None, None, :]
+        right = 0 if allow_is_causal_skip else -1
+        window = (-1, right)
+        if local_size is not None:
+            window = (local_size - 1, 0) if allow_is_causal_skip else (local_size, local_size)
+        queries = int(q_offset) + torch.arange(q_length, device=device)
+        keys = kv_offset + torch.arange(seen, device=device)
+        if local_size is None or _is_window(pattern, queries, keys, window, padding, batch_size):
+            if seen <= window[0] + 1:
+                window = (-1, right)
+            if window == (-1, -1):
+                return None if padding is None else padding[:, None, None, :]
+            ends_with_queries = seen == kv_length and q_length in (1, kv_length)
+            if padding is None and window[0] < 0 and (ends_with_queries or 1 < q_length == seen):
+                return None
             return _compact(batch_size, seen, padding, window, device)
     whole: Any = sdpa_mask
     mask = whole(
@@ -118,11 +114,10 @@ def layout_of(mask: Tensor) -> Layout | None:
 
 
 def _is_window(
-    pattern: Callable[..., Any], positions: tuple[Tensor, Tensor], window: tuple[int, int], padding: Tensor | None,
+    pattern: Callable[..., Any], queries: Tensor, keys: Tensor, window: tuple[int, int], padding: Tensor | None,
     batch_size: int,
 ) -> bool:  # fmt: skip
     """Whether the first and the last two queries see exactly the window: chunks are told apart by two neighbours."""
-    queries, keys = positions
     chosen = torch.cat([queries[:2], queries[-2:]])[:, None]
     batch = torch.arange(batch_size, device=keys.device)[:, None, None, None]
     got = pattern(batch, batch.new_zeros(1, 1, 1, 1), chosen[None, None], keys[None, None, None])
@@ -152,7 +147,7 @@ def _sequences(mask: Tensor, local_size: int | None) -> Layout | None:
     sequence = starts.cumsum(1)
     same = (sequence[:, :, None] == sequence[:, None, :]) & seen[:, None, :]
     for window in {(-1, 0), (-1 if local_size is None else local_size - 1, 0)}:
-        visible = visible_keys(length, length, True, window, mask.device)
+        visible: Any = visible_keys(length, length, True, window, mask.device)
         if bool((((same & visible) == rows) | ~seen[:, :, None]).all()):
             first = starts.flatten().nonzero()[:, 0]
             cu_seqlens = nn.functional.pad(first, (0, 1), value=starts.numel()).to(torch.int32)

@@ -39,7 +39,7 @@ def pack_padded(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     for name, x in batch.items():
         if x.shape[:2] != seen.shape:
             raise ValueError(
-                f"pack_padded: {name} is {tuple(x.shape)}, the attention_mask {tuple(seen.shape)}; both need [B, S, ...]"
+                f"pack_padded: {name} is {tuple(x.shape)}, the attention_mask {tuple(seen.shape)}; both begin [B, S]"
             )
     packed: dict[str, Any] = {name: x[seen][None] for name, x in batch.items() if name != "attention_mask"}
     if "position_ids" not in packed:
@@ -63,6 +63,8 @@ def pad_packed(x: Tensor, attention_mask: Tensor, fill: float = 0.0) -> Tensor:
     seen = attention_mask.bool()
     tokens = int(seen.sum())
     if x.shape[:2] != (1, tokens):
-        raise ValueError(f"pad_packed: x is {tuple(x.shape)}; the mask has {tokens} tokens: it needs (1, {tokens}, ...)")
+        raise ValueError(
+            f"pad_packed: x is {tuple(x.shape)}; the mask has {tokens} tokens: it needs (1, {tokens}, ...)"
+        )
     padded = x.new_full((*seen.shape, *x.shape[2:]), fill)
     return padded.index_put((seen,), x[0])
