@@ -1,0 +1,1 @@
+"""What kernels share: `@triton.jit` functions of one meaning each, and tile sizes."""

@@ -1,0 +1,71 @@
+"""Tile sizes of the attention kernels, by GPU and head dim, apart from the kernels that take them.
+
+None of them was measured: no GPU was at hand. They follow from the registers and the shared memory that a tile needs,
+and are held to no spills and to the shared memory of each GPU by tests/test_cross_compile.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Tiles(NamedTuple):
+    """What a kernel is launched with: queries and keys of a tile, warps, stages of the loads' pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def gpu_name(device: torch.device) -> str:
+    """sm_80, sm_90, sm_100 or gfx942, the nearest that tiles are stated for; "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def block_dim(length: int) -> int:
+    """A head dim padded for tl.dot: a power of two of at least 16."""
+    return max(16, triton.next_power_of_2(length))
+
+
+def precision(gpu: str, dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: 16-bit operands as they are, fp32 so that it keeps its accuracy.
+
+    tf32x3 multiplies fp32 on NVIDIA's tensor cores in three parts; elsewhere there is only plain fp32. Triton's
+    interpreter multiplies bf16 as the integers that hold it, so there all is widened first.
+    """
+    if gpu == "interpreter":
+        return "ieee"
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if gpu == "gfx942" else "tf32x3"
+
+
+def forward_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int) -> Tiles:
+    """Tiles of the forward for padded head dims.
+
+    A program keeps its queries and fp32 sums [block_m, depth_v], 128 x 128 of them in 128 registers of 128 threads, so
+    eight warps where both are 128; wider heads take fewer queries, and fp32, whose operands are twice as wide, half.
+    """
+    if gpu == "interpreter":
+        return Tiles(32, 64, 4, 1)
+    widest = max(depth, depth_v)
+    wide = dtype == torch.float32
+    if gpu == "gfx942":
+        # 64 KB of shared memory hold one tile of keys or values at a time: no pipeline.
+        return Tiles(64, 32, 4, 1) if wide or widest > 128 else Tiles(128, 64, 4, 1)
+    if wide:
+        return Tiles(64, 64, 4, 2) if widest <= 64 else Tiles(64, 32, 4 if widest <= 128 else 8, 2)
+    if widest <= 64:
+        return Tiles(128, 64, 4, 3)
+    if widest <= 128:
+        return Tiles(128, 64, 8, 3)
+    return Tiles(64, 32 if gpu == "sm_80" else 64, 4 if gpu == "sm_80" else 8, 2)
