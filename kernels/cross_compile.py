@@ -14,6 +14,9 @@ import argparse
 import importlib
 import json
 import pkgutil
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,19 +38,67 @@ class CompileSpec:
 
     Attributes:
         kernel: the `@triton.jit` function.
-        signature: argument -> Triton type, e.g. `"*bf16"`, `"i32"`, `"fp32"`; pointers are taken as 16-byte aligned.
+        signature: argument -> Triton type, e.g. `"*bf16"`, `"i32"`, `"fp32"`, a tuple of these, or None for None;
+            pointers are taken as 16-byte aligned, `"i32:16"` is a multiple of 16.
         constants: the constexpr arguments.
-        num_warps: as at the launch.
+        num_warps, num_stages: as at the launch.
+        targets: names of `TARGETS` that are launched so; all when empty.
+        max_spills: bytes that a thread may keep in memory for want of registers.
     """
 
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int = 4
+    num_stages: int | None = None
+    targets: tuple[str, ...] = ()
+    max_spills: int = 0
+
+
+def _typed(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """The type of an argument as the compiler takes it; notes its constants and multiples of 16 by their path."""
+    if value is None:
+        constants[path] = None
+        return "constexpr"
+    if isinstance(value, tuple):
+        types = [_typed(item, (*path, i), constants, attributes) for i, item in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    name, _, multiple = value.partition(":")
+    if name.startswith("*") or multiple == "16":
+        attributes[path] = [["tt.divisibility", 16]]
+    return name
+
+
+def _resources(compiled: Any, binary: str) -> tuple[int, int]:
+    """Registers of a thread, and the bytes of local memory it spills to."""
+    if binary == "hsaco":
+        text = compiled.asm["amdgcn"]
+
+        def stated(pattern: str) -> int:
+            found = re.search(pattern, text)
+            if found is None:
+                raise RuntimeError(f"the compiler's output does not state {pattern}")
+            return int(found[1])
+
+        return stated(r"\.vgpr_count:\s+(\d+)"), stated(r"\.private_segment_fixed_size:\s+(\d+)")
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm[binary])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 
 
 def compile_for(spec: CompileSpec, target: str) -> dict[str, Any]:
-    """Compiles `spec`; returns kernel, target, whether the binary is there, shared memory and its limit in bytes."""
+    """Compiles `spec`; returns what came out and what it uses, with its limits.
+
+    Returns:
+        kernel, target, binary and its bytes; shared memory of a block and spilled memory of a thread, each with its
+        limit in bytes; registers of a thread; num_warps.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -58,16 +109,18 @@ def compile_for(spec: CompileSpec, target: str) -> dict[str, Any]:
     unknown = [n for n in (*spec.signature, *spec.constants) if n not in names]
     if missing or unknown:
         raise ValueError(f"spec of {spec.kernel.__name__}: missing {missing}, unknown {unknown}")
-    source = ASTSource(
-        spec.kernel,
-        signature={name: spec.signature.get(name, "constexpr") for name in names},
-        constexprs=dict(spec.constants),
-        attrs={
-            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if spec.signature.get(n, "").startswith("*")
-        },
-    )
-    target_info = GPUTarget(backend, arch, warp_size)
-    compiled = triton.compile(source, target=target_info, options={"num_warps": spec.num_warps})
+    constants: dict[Any, Any] = dict(spec.constants)
+    attributes: dict[Any, Any] = {}
+    signature = {
+        name: _typed(spec.signature[name], (i,), constants, attributes) if name in spec.signature else "constexpr"
+        for i, name in enumerate(names)
+    }
+    source = ASTSource(spec.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": spec.num_warps}
+    if spec.num_stages is not None:
+        options["num_stages"] = spec.num_stages
+    compiled = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
+    registers, spills = _resources(compiled, binary)
     return {
         "kernel": f"{spec.kernel.__module__}.{spec.kernel.__name__}",
         "target": target,
@@ -75,6 +128,10 @@ def compile_for(spec: CompileSpec, target: str) -> dict[str, Any]:
         "bytes": len(compiled.asm.get(binary, b"")),
         "shared": compiled.metadata.shared,
         "shared_limit": shared_limit,
+        "registers": registers,
+        "spills": spills,
+        "spills_limit": spec.max_spills,
+        "num_warps": spec.num_warps,
     }
 
 
@@ -99,7 +156,8 @@ def compile_all(targets: list[str]) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{name}: no COMPILE_SPECS entry for {', '.join(bare)}")
         for spec in specs:
             for target in targets:
-                yield compile_for(spec, target)
+                if not spec.targets or target in spec.targets:
+                    yield compile_for(spec, target)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tpweave.kernels.cross_compile import CompileSpec
+from tpweave.kernels.cross_compile import TARGETS, CompileSpec
 from tpweave.kernels.primitives.attention_tiles import block_dim, forward_tiles, gpu_name, precision
 from tpweave.kernels.primitives.scores import (
     LN2,
@@ -232,3 +232,43 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **se
                 PRECISION=precision(gpu, q.dtype), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
     return out, lse
+
+
+def row_types(dtype: str) -> Rows:
+    """`Rows` of a pointer type, as `COMPILE_SPECS` states it."""
+    return Rows(f"*{dtype}", "i32:16", "i32:16", "i32:16")
+
+
+def _compile_specs() -> list[CompileSpec]:
+    specs = []
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    sizes = Sizes("i32", "i32", "i32", "i32", "i32", "i32", "i32")
+    plain = {
+        "slopes": None, "sinks_ptr": None, "bias": None, "mask": None, "ragged": None,
+        "limits": Limits("i32", "i32", None), "numbers": Numbers("fp32", None, "i32", "fp32"), "seed": None,
+    }  # fmt: skip
+    full = {
+        "slopes": Slopes("*fp32", "i32"), "sinks_ptr": "*fp32", "bias": Plane("*fp16", *["i32:16"] * 4),
+        "mask": Plane("*u8", *["i32:16"] * 4), "ragged": Ragged("*i32", "*i32", "*i32", "*i32"),
+        "limits": Limits("i32", "i32", "i32"), "numbers": Numbers("fp32", "fp32", "i64", "fp32"), "seed": "i64",
+    }  # fmt: skip
+    for gpu in TARGETS:
+        for dtype, depth, features in (
+            (torch.bfloat16, 64, plain), (torch.bfloat16, 128, plain), (torch.bfloat16, 256, plain),
+            (torch.float16, 128, full), (torch.float32, 128, plain),
+        ):  # fmt: skip
+            tiles = forward_tiles(gpu, dtype, depth, depth)
+            rows = row_types(names[dtype])
+            specs.append(CompileSpec(
+                _attention_fwd_kernel,
+                {"q": rows, "k": rows, "v": rows, "out_ptr": rows.ptr, "lse_ptr": "*fp32", "sizes": sizes, **features},
+                {
+                    "D": depth, "DV": depth, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_D": depth,
+                    "BLOCK_DV": depth, "PRECISION": precision(gpu, dtype),
+                },
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages, targets=(gpu,),
+            ))  # fmt: skip
+    return specs
+
+
+COMPILE_SPECS = _compile_specs()
