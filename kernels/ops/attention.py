@@ -9,14 +9,14 @@ whole are not masked. Source: Dao, "FlashAttention-2", 2023.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from tpweave.kernels.cross_compile import TARGETS, CompileSpec
-from tpweave.kernels.primitives.attention_tiles import block_dim, forward_tiles, gpu_name, precision
+from tpweave.kernels.primitives.attention_tiles import Tiles, block_dim, forward_tiles, gpu_name, precision
 from tpweave.kernels.primitives.scores import (
     LN2,
     LOG2E,
@@ -30,14 +30,17 @@ from tpweave.kernels.primitives.scores import (
     Slopes,
     dot,
     kept,
+    key_head,
     key_offsets,
     load_rows,
+    query_head,
     query_rows,
     scores,
     sequence,
     tile_ranges,
     visible,
 )
+from tpweave.reference.ops.attention import AttentionOptions
 
 Tensor = torch.Tensor
 
@@ -66,7 +69,7 @@ def _attend(
     p = tl.exp2(x - base[:, None])
     total = total * shrink + tl.sum(p, 1)
     if seed is not None:
-        p = tl.where(kept(seed, numbers.drop_below, b, h, offs_i, first_key, BLOCK_N), p, 0.0)
+        p = tl.where(kept(seed, numbers, b, h, offs_i, first_key, BLOCK_N), p, 0.0)
     # [BLOCK_N, BLOCK_DV]
     vt = load_rows(v_head, key_offsets(v, b, offs_j, keys, sizes, ragged), valid, DV, BLOCK_DV, WHOLE)
     acc = dot(p.to(vt.dtype), vt, acc * shrink[:, None], PRECISION)
@@ -90,14 +93,9 @@ def _attention_fwd_kernel(
     if begin_i < queries:
         offs_i = begin_i + tl.arange(0, BLOCK_M)
         valid_i = offs_i < queries
-        wide_b = b.to(tl.int64)
-        q_head = q.ptr + wide_b * q.batch + tl.cast(first_q, tl.int64) * q.sequence + h.to(tl.int64) * q.head
-        kv_head = (h // sizes.group).to(tl.int64)
-        k_head = k.ptr + kv_head * k.head + tl.cast(first_k, tl.int64) * k.sequence
-        v_head = v.ptr + kv_head * v.head + tl.cast(first_k, tl.int64) * v.sequence
-        if ragged is None:
-            k_head += wide_b * k.batch
-            v_head += wide_b * v.batch
+        q_head = query_head(q, b, h, first_q)
+        k_head = key_head(k, b, h // sizes.group, first_k, ragged)
+        v_head = key_head(v, b, h // sizes.group, first_k, ragged)
         # [BLOCK_M, BLOCK_D]
         qt = load_rows(q_head, offs_i.to(tl.int64) * q.sequence, valid_i, D, BLOCK_D, False)
 
@@ -152,12 +150,7 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(x, 0 if x.dim() == 3 else x.stride(0), x.stride(-3), x.stride(-2))
 
 
-def dense_rows(x: Tensor) -> Tensor:
-    """x, copied where its last dim is not dense."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def _plane_of(x: Tensor | None, shape: tuple[int, int, int, int]) -> Plane | None:
+def _plane_of(x: Tensor | None, shape: tuple[int, ...]) -> Plane | None:
     if x is None:
         return None
     if x.dtype == torch.bool:
@@ -165,110 +158,138 @@ def _plane_of(x: Tensor | None, shape: tuple[int, int, int, int]) -> Plane | Non
     return Plane(x, *x.expand(shape).stride())
 
 
+class Packing(NamedTuple):
+    """Where packed sequences lie: [B + 1] row numbers and the longest's length, of queries and of keys; with a block
+    table [B, max_pages] the keys lie in pages, and `seqused_k` [B] or the row numbers tell how many there are."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqused_k: Tensor | None = None
+    block_table: Tensor | None = None
+
+
 def score_arguments(
-    q: Tensor, k: Tensor, *, causal: bool, window: tuple[int, int], chunk: int, softmax_scale: float, softcap: float,
-    alibi_slopes: Tensor | None, bias: Tensor | None, mask: Tensor | None, dropout_p: float, seed: int | None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0, seqused_k: Tensor | None = None, block_table: Tensor | None = None,
-) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    q: Tensor, k: Tensor, options: AttentionOptions, packing: Packing | None
+) -> tuple[int, dict[str, Any]]:
     """The number of sequences, and the arguments that say how they are scored, the same for forward and backward."""
     heads = q.shape[-2]
-    ragged = None
+    ragged = table = None
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    if cu_seqlens_q is not None:
-        ragged = Ragged(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
-        batch, queries, keys = cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
+    if packing is not None:
+        table = packing.block_table
+        ragged = Ragged(packing.cu_seqlens_q, packing.cu_seqlens_k, packing.seqused_k, table)
+        batch, queries, keys = len(packing.cu_seqlens_q) - 1, packing.max_seqlen_q, packing.max_seqlen_k
     plane = (batch, heads, queries, keys)
-    before, after = window[0], 0 if causal else window[1]
+    before, after = options.window[0], 0 if options.causal else options.window[1]
     slopes = None
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.contiguous()
-        slopes = Slopes(alibi_slopes, heads if alibi_slopes.dim() == 2 else 0)
+    if options.alibi_slopes is not None:
+        slopes = Slopes(options.alibi_slopes.contiguous(), heads if options.alibi_slopes.dim() == 2 else 0)
+    dropout_p = options.dropout_p
     return batch, {
         "slopes": slopes,
-        "bias": _plane_of(bias, plane),
-        "mask": _plane_of(mask, plane),
+        "bias": _plane_of(options.bias, plane),
+        "mask": _plane_of(options.mask, plane),
         "ragged": ragged,
         "sizes": Sizes(
-            queries, keys, heads, heads // k.shape[-2], q.shape[0], k.shape[1] if block_table is not None else 0,
-            0 if block_table is None else block_table.stride(0),
+            queries, keys, heads, heads // k.shape[-2], q.shape[0], 0 if table is None else k.shape[1],
+            0 if table is None else table.stride(0),
         ),
         "limits": Limits(
             min(before, UNLIMITED) if before >= 0 else UNLIMITED, min(after, UNLIMITED) if after >= 0 else UNLIMITED,
-            min(chunk, UNLIMITED) if chunk > 0 else None,
+            min(options.chunk, UNLIMITED) if options.chunk > 0 else None,
         ),
         "numbers": Numbers(
-            softmax_scale, softcap if softcap > 0 else None, min(round(dropout_p * 2**32), 2**32 - 1),
-            1.0 / (1.0 - dropout_p),
+            options.softmax_scale, options.softcap if options.softcap > 0 else None,
+            min(round(dropout_p * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
+            options.head_offset,
         ),
-        "seed": seed if dropout_p > 0 else None,
+        "seed": int(options.seed) if dropout_p > 0 and options.seed is not None else None,
     }  # fmt: skip
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, **settings: Any) -> tuple[Tensor, Tensor]:
-    """out of q's dtype and lse in fp32. `settings` are those of `score_arguments`.
+def has_features(arguments: dict[str, Any]) -> bool:
+    """Whether a tile costs more than its products."""
+    extras = (arguments[name] for name in ("slopes", "bias", "mask", "seed"))
+    return arguments["numbers"].softcap is not None or any(x is not None for x in extras)
 
-    q, k, v: [B, S, H, D] of any strides, or packed with cu_seqlens, or k and v in pages; last dims up to 256. Without
-    cu_seqlens lse is [B, Hq, Sq], with it [Hq, Tq]; rows of no sequence are 0 and -inf.
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, packing: Packing | None = None
+) -> tuple[Tensor, Tensor]:
+    """out of q's dtype and lse in fp32.
+
+    q, k, v: [B, S, H, D], or with `packing` [T, H, D], k and v perhaps [num_pages, page, H, D]; last dims dense, up to
+    256. Without packing lse is [B, Hq, Sq], with it [Hq, Tq]; rows of no sequence are 0 and -inf.
     """
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     depth, depth_v = q.shape[-1], v.shape[-1]
-    batch, arguments = score_arguments(q, k, **settings)
-    packed = arguments["ragged"] is not None
+    batch, arguments = score_arguments(q, k, options, packing)
     heads, queries = q.shape[-2], arguments["sizes"].queries
     # Rows that no sequence has are written by no program.
-    out = (torch.zeros if packed else torch.empty)((*q.shape[:-1], depth_v), dtype=q.dtype, device=q.device)
-    lse_shape = (heads, q.shape[0]) if packed else (batch, heads, queries)
+    out = (torch.empty if packing is None else torch.zeros)((*q.shape[:-1], depth_v), dtype=q.dtype, device=q.device)
+    lse_shape = (batch, heads, queries) if packing is None else (heads, q.shape[0])
     lse = torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
     gpu = gpu_name(q.device)
     block_d, block_dv = block_dim(depth), block_dim(depth_v)
-    tiles = forward_tiles(gpu, q.dtype, block_d, block_dv)
+    tiles = forward_tiles(gpu, q.dtype, block_d, block_dv, features=has_features(arguments))
     programs = triton.cdiv(queries, tiles.block_m) * batch * heads
     if programs > 0:
         with torch.cuda.device_of(q):
             _attention_fwd_kernel[(programs,)](
-                rows_of(q), rows_of(k), rows_of(v), out, lse, sinks_ptr=sinks, **arguments, D=depth, DV=depth_v,
+                rows_of(q), rows_of(k), rows_of(v), out, lse, sinks_ptr=options.sinks, **arguments, D=depth, DV=depth_v,
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
                 PRECISION=precision(gpu, q.dtype), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
     return out, lse
 
 
-def row_types(dtype: str) -> Rows:
-    """`Rows` of a pointer type, as `COMPILE_SPECS` states it."""
-    return Rows(f"*{dtype}", "i32:16", "i32:16", "i32:16")
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# What is compiled for every GPU: dtype, head dim, and whether with every feature.
+COMPILED = (
+    (torch.bfloat16, 64, False), (torch.bfloat16, 128, False), (torch.bfloat16, 256, False),
+    (torch.float16, 128, True), (torch.float32, 128, False),
+)  # fmt: skip
 
 
-def _compile_specs() -> list[CompileSpec]:
-    specs = []
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    sizes = Sizes("i32", "i32", "i32", "i32", "i32", "i32", "i32")
-    plain = {
-        "slopes": None, "sinks_ptr": None, "bias": None, "mask": None, "ragged": None,
-        "limits": Limits("i32", "i32", None), "numbers": Numbers("fp32", None, "i32", "fp32"), "seed": None,
+def row_types(dtype: torch.dtype) -> Rows:
+    """The types of `rows_of` a tensor, for `COMPILE_SPECS`."""
+    return Rows(f"*{DTYPE_NAMES[dtype]}", "i32:16", "i32:16", "i32:16")
+
+
+def score_types(features: bool) -> dict[str, Any]:
+    """The types of `score_arguments`, with every feature or none."""
+    return {
+        "slopes": Slopes("*fp32", "i32") if features else None,
+        "bias": Plane("*bf16", *["i32:16"] * 3, "i32") if features else None,
+        "mask": Plane("*u8", *["i32:16"] * 3, "i32") if features else None,
+        "ragged": Ragged("*i32", "*i32", "*i32", "*i32") if features else None,
+        "sizes": Sizes(*["i32"] * 7),
+        "limits": Limits("i32", "i32", "i32" if features else None),
+        "numbers": Numbers("fp32", "fp32" if features else None, "i64" if features else "i32", "fp32", "i32"),
+        "seed": "i64" if features else None,
+    }
+
+
+def compile_spec(
+    kernel: Any, gpu: str, dtype: torch.dtype, depth: int, tiles: Tiles, arguments: dict[str, Any]
+) -> CompileSpec:
+    """An entry of `COMPILE_SPECS` for a kernel over tiles of scores, with D = DV = `depth`."""
+    constants = {
+        "D": depth, "DV": depth, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_D": block_dim(depth),
+        "BLOCK_DV": block_dim(depth), "PRECISION": precision(gpu, dtype),
     }  # fmt: skip
-    full = {
-        "slopes": Slopes("*fp32", "i32"), "sinks_ptr": "*fp32", "bias": Plane("*fp16", *["i32:16"] * 4),
-        "mask": Plane("*u8", *["i32:16"] * 4), "ragged": Ragged("*i32", "*i32", "*i32", "*i32"),
-        "limits": Limits("i32", "i32", "i32"), "numbers": Numbers("fp32", "fp32", "i64", "fp32"), "seed": "i64",
+    return CompileSpec(kernel, arguments, constants, tiles.num_warps, tiles.num_stages, (gpu,))
+
+
+def _forward_spec(gpu: str, dtype: torch.dtype, depth: int, features: bool) -> CompileSpec:
+    rows = row_types(dtype)
+    arguments = {
+        "q": rows, "k": rows, "v": rows, "out_ptr": rows.ptr, "lse_ptr": "*fp32",
+        "sinks_ptr": "*fp32" if features else None, **score_types(features),
     }  # fmt: skip
-    for gpu in TARGETS:
-        for dtype, depth, features in (
-            (torch.bfloat16, 64, plain), (torch.bfloat16, 128, plain), (torch.bfloat16, 256, plain),
-            (torch.float16, 128, full), (torch.float32, 128, plain),
-        ):  # fmt: skip
-            tiles = forward_tiles(gpu, dtype, depth, depth)
-            rows = row_types(names[dtype])
-            specs.append(CompileSpec(
-                _attention_fwd_kernel,
-                {"q": rows, "k": rows, "v": rows, "out_ptr": rows.ptr, "lse_ptr": "*fp32", "sizes": sizes, **features},
-                {
-                    "D": depth, "DV": depth, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_D": depth,
-                    "BLOCK_DV": depth, "PRECISION": precision(gpu, dtype),
-                },
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages, targets=(gpu,),
-            ))  # fmt: skip
-    return specs
+    tiles = forward_tiles(gpu, dtype, depth, depth, features=features)
+    return compile_spec(_attention_fwd_kernel, gpu, dtype, depth, tiles, arguments)
 
 
-COMPILE_SPECS = _compile_specs()
+COMPILE_SPECS = [_forward_spec(gpu, *case) for gpu in TARGETS for case in COMPILED]

@@ -49,11 +49,12 @@ def precision(gpu: str, dtype: torch.dtype) -> str:
     return "ieee" if gpu == "gfx942" else "tf32x3"
 
 
-def forward_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int) -> Tiles:
-    """Tiles of the forward for padded head dims.
+def forward_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int, *, features: bool = False) -> Tiles:
+    """Tiles of the forward for padded head dims; `features`: a bias, a mask, ALiBi, a softcap or dropout.
 
     A program keeps its queries and fp32 sums [block_m, depth_v], 128 x 128 of them in 128 registers of 128 threads, so
     eight warps where both are 128; wider heads take fewer queries, and fp32, whose operands are twice as wide, half.
+    What features need besides, Philox's four words above all, leaves room for half the scores.
     """
     if gpu == "interpreter":
         return Tiles(32, 64, 4, 1)
@@ -61,11 +62,41 @@ def forward_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int) -> Til
     wide = dtype == torch.float32
     if gpu == "gfx942":
         # 64 KB of shared memory hold one tile of keys or values at a time: no pipeline.
-        return Tiles(64, 32, 4, 1) if wide or widest > 128 else Tiles(128, 64, 4, 1)
+        return Tiles(64, 32, 4, 1) if wide or features or widest > 128 else Tiles(128, 64, 4, 1)
     if wide:
-        return Tiles(64, 64, 4, 2) if widest <= 64 else Tiles(64, 32, 4 if widest <= 128 else 8, 2)
+        return Tiles(32, 32, 4, 2)
+    if features:
+        return Tiles(64, 32, 8, 2)
     if widest <= 64:
         return Tiles(128, 64, 4, 3)
     if widest <= 128:
         return Tiles(128, 64, 8, 3)
-    return Tiles(64, 32 if gpu == "sm_80" else 64, 4 if gpu == "sm_80" else 8, 2)
+    return Tiles(64, 32 if gpu == "sm_80" else 64, 8, 2)
+
+
+def key_gradient_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int, *, features: bool = False) -> Tiles:
+    """Tiles of the kernel of dk and dv, which keeps four tiles [block_n, head dim], two of them in fp32."""
+    if gpu == "interpreter":
+        return Tiles(32, 64, 4, 1)
+    widest = max(depth, depth_v)
+    if gpu == "gfx942":
+        return Tiles(32, 64 if widest <= 64 else 32, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(16, 32, 4, 1)
+    if widest <= 64 and not features:
+        return Tiles(64, 128, 8, 2)
+    return Tiles(32, 64, 8, 2 if widest <= 128 else 1)
+
+
+def query_gradient_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int, *, features: bool = False) -> Tiles:
+    """Tiles of the kernels of dq and dbias, which keep three tiles [block_m, head dim], one of them in fp32."""
+    if gpu == "interpreter":
+        return Tiles(32, 64, 4, 1)
+    widest = max(depth, depth_v)
+    if gpu == "gfx942":
+        return Tiles(64 if widest <= 64 else 32, 32, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(32, 32, 4, 1)
+    if widest <= 64 and not features:
+        return Tiles(128, 64, 8, 2)
+    return Tiles(64, 32, 8, 2 if widest <= 128 else 1)

@@ -13,7 +13,7 @@ Tuples of arguments (each also stands for the Triton tuple that a kernel gets):
              tokens to a page, stride of the block table's rows
     Ragged   of packed sequences: cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, pointers or None
     Limits   keys seen before and after p, and the chunk length or None
-    Numbers  softmax_scale, softcap or None, the dropout threshold and the factor of a kept weight
+    Numbers  softmax_scale, softcap or None, the dropout's threshold, factor of a kept weight and number of head 0
 """
 
 from typing import Any, NamedTuple
@@ -75,15 +75,14 @@ class Numbers(NamedTuple):
     softcap: Any
     drop_below: Any
     kept_factor: Any
+    head_offset: Any
 
 
 @triton.jit
 def tanh(x):
     # Below 0.625 a polynomial, relative error 8e-8: there 1 - 2 / (exp(2x) + 1) would cancel.
     z = x * x
-    small = x + x * z * (
-        -0.3333328 + z * (0.13331431 + z * (-0.053739157 + z * (0.020637862 + z * -0.0057040425)))
-    )
+    small = x + x * z * (-0.3333328 + z * (0.13331431 + z * (-0.053739157 + z * (0.020637862 + z * -0.0057040425))))
     large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.8853900817779268) + 1.0)
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
 
@@ -128,6 +127,22 @@ def sequence(b, sizes, ragged):
         if ragged.block_table is not None:
             first_k = 0
     return first_q, queries, first_k, keys
+
+
+@triton.jit
+def query_head(rows, b, h, first_q):
+    """Pointer to query 0 of head h."""
+    return (
+        rows.ptr + b.to(tl.int64) * rows.batch + tl.cast(first_q, tl.int64) * rows.sequence + h.to(tl.int64) * rows.head
+    )
+
+
+@triton.jit
+def key_head(rows, b, h, first_k, ragged):
+    """Pointer to key 0 of KV head h, or to page 0 of it."""
+    base = rows.ptr + tl.cast(first_k, tl.int64) * rows.sequence + h.to(tl.int64) * rows.head
+    paged: tl.constexpr = ragged is not None and ragged.block_table is not None
+    return base if paged else base + b.to(tl.int64) * rows.batch
 
 
 @triton.jit
@@ -208,7 +223,7 @@ def scores(products, b, h, offs_i, offs_j, queries, keys, numbers, slopes, bias,
 
 
 @triton.jit
-def kept(seed, drop_below, b, h, offs_i, first_key, BLOCK_N: tl.constexpr):
+def kept(seed, numbers, b, h, offs_i, first_key, BLOCK_N: tl.constexpr):
     """[len(offs_i), BLOCK_N] of the weights that dropout keeps; first_key is a multiple of BLOCK_N.
 
     Philox-4x32-10 of key `seed` and counter (16 (j // 64) + j % 16, i, h, b) gives four words, and word (j % 64) // 16
@@ -218,7 +233,7 @@ def kept(seed, drop_below, b, h, offs_i, first_key, BLOCK_N: tl.constexpr):
     rows: tl.constexpr = offs_i.shape[0]
     counters: tl.constexpr = BLOCK_N // 4 if BLOCK_N >= 64 else 16
     c0 = (first_key // 64 * 16 + tl.arange(0, counters))[None, :]
-    w0, w1, w2, w3 = tl.philox(seed, c0, offs_i[:, None], h, b)
+    w0, w1, w2, w3 = tl.philox(seed, c0, offs_i[:, None], h + numbers.head_offset, b)
     if BLOCK_N >= 64:
         # [rows, block of 64 keys, counter, word % 2, word // 2]
         words = tl.reshape(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (rows, BLOCK_N // 64, 16, 2, 2))
@@ -227,4 +242,4 @@ def kept(seed, drop_below, b, h, offs_i, first_key, BLOCK_N: tl.constexpr):
         second_half = first_key % 64 != 0
         words = tl.join(tl.where(second_half, w2, w0), tl.where(second_half, w3, w1))
         words = tl.permute(words, (0, 2, 1))
-    return tl.reshape(words, (rows, BLOCK_N)) >= tl.cast(drop_below, tl.uint32)
+    return tl.reshape(words, (rows, BLOCK_N)) >= tl.cast(numbers.drop_below, tl.uint32)
