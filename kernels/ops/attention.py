@@ -185,7 +185,7 @@ def score_arguments(
     before, after = options.window[0], 0 if options.causal else options.window[1]
     slopes = None
     if options.alibi_slopes is not None:
-        slopes = Slopes(options.alibi_slopes.contiguous(), heads if options.alibi_slopes.dim() == 2 else 0)
+        slopes = Slopes(options.alibi_slopes.float().contiguous(), heads if options.alibi_slopes.dim() == 2 else 0)
     dropout_p = options.dropout_p
     return batch, {
         "slopes": slopes,
