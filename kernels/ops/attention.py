@@ -9,7 +9,7 @@ whole are not masked. Source: Dao, "FlashAttention-2", 2023.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -41,6 +41,7 @@ from tpweave.kernels.primitives.scores import (
     visible,
 )
 from tpweave.reference.ops.attention import AttentionOptions
+from tpweave.reference.ops.attention_varlen import PackedSequences
 
 Tensor = torch.Tensor
 
@@ -158,29 +159,23 @@ def _plane_of(x: Tensor | None, shape: tuple[int, ...]) -> Plane | None:
     return Plane(x, *x.expand(shape).stride())
 
 
-class Packing(NamedTuple):
-    """Where packed sequences lie: [B + 1] row numbers and the longest's length, of queries and of keys; with a block
-    table [B, max_pages] the keys lie in pages, and `seqused_k` [B] or the row numbers tell how many there are."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
-    seqused_k: Tensor | None = None
-    block_table: Tensor | None = None
+def dense_rows(x: Tensor) -> Tensor:
+    """x, copied where its last dim is not dense."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def score_arguments(
-    q: Tensor, k: Tensor, options: AttentionOptions, packing: Packing | None
+    q: Tensor, k: Tensor, options: AttentionOptions, packed: PackedSequences | None
 ) -> tuple[int, dict[str, Any]]:
     """The number of sequences, and the arguments that say how they are scored, the same for forward and backward."""
     heads = q.shape[-2]
     ragged = table = None
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    if packing is not None:
-        table = packing.block_table
-        ragged = Ragged(packing.cu_seqlens_q, packing.cu_seqlens_k, packing.seqused_k, table)
-        batch, queries, keys = len(packing.cu_seqlens_q) - 1, packing.max_seqlen_q, packing.max_seqlen_k
+    if packed is not None:
+        table = None if packed.block_table is None else packed.block_table.contiguous()
+        used = None if packed.seqused_k is None else packed.seqused_k.contiguous()
+        ragged = Ragged(packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous(), used, table)
+        batch, queries, keys = len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q, packed.max_seqlen_k
     plane = (batch, heads, queries, keys)
     before, after = options.window[0], 0 if options.causal else options.window[1]
     slopes = None
@@ -216,19 +211,20 @@ def has_features(arguments: dict[str, Any]) -> bool:
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, packing: Packing | None = None
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, packed: PackedSequences | None = None
 ) -> tuple[Tensor, Tensor]:
     """out of q's dtype and lse in fp32.
 
-    q, k, v: [B, S, H, D], or with `packing` [T, H, D], k and v perhaps [num_pages, page, H, D]; last dims dense, up to
-    256. Without packing lse is [B, Hq, Sq], with it [Hq, Tq]; rows of no sequence are 0 and -inf.
+    q, k, v: [B, S, H, D], or with `packed` [T, H, D], k and v perhaps [num_pages, page, H, D]; last dims up to 256.
+    Without `packed` lse is [B, Hq, Sq], with it [Hq, Tq]; rows of no sequence are 0 and -inf.
     """
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     depth, depth_v = q.shape[-1], v.shape[-1]
-    batch, arguments = score_arguments(q, k, options, packing)
+    batch, arguments = score_arguments(q, k, options, packed)
     heads, queries = q.shape[-2], arguments["sizes"].queries
     # Rows that no sequence has are written by no program.
-    out = (torch.empty if packing is None else torch.zeros)((*q.shape[:-1], depth_v), dtype=q.dtype, device=q.device)
-    lse_shape = (batch, heads, queries) if packing is None else (heads, q.shape[0])
+    out = (torch.empty if packed is None else torch.zeros)((*q.shape[:-1], depth_v), dtype=q.dtype, device=q.device)
+    lse_shape = (batch, heads, queries) if packed is None else (heads, q.shape[0])
     lse = torch.full(lse_shape, float("-inf"), dtype=torch.float32, device=q.device)
     gpu = gpu_name(q.device)
     block_d, block_dv = block_dim(depth), block_dim(depth_v)

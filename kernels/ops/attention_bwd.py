@@ -21,8 +21,8 @@ import triton.language as tl
 from tpweave.kernels.cross_compile import TARGETS, CompileSpec
 from tpweave.kernels.ops.attention import (
     COMPILED,
-    Packing,
     compile_spec,
+    dense_rows,
     has_features,
     row_types,
     rows_of,
@@ -50,6 +50,7 @@ from tpweave.kernels.primitives.scores import (
     visible,
 )
 from tpweave.reference.ops.attention import AttentionOptions
+from tpweave.reference.ops.attention_varlen import PackedSequences
 
 Tensor = torch.Tensor
 
@@ -325,18 +326,18 @@ def _attention_bwd_dbias_kernel(
         first_q, queries, first_k, keys = sequence(b, sizes, ragged)
         shift = keys - queries
         last_i = tl.minimum(begin_i + BLOCK_M, queries) - 1
-        first_begin, _ = visible(begin_i + shift, limits.before, limits.after, limits.chunk)
-        _, last_end = visible(last_i + shift, limits.before, limits.after, limits.chunk)
+        first_begin, _first_end = visible(begin_i + shift, limits.before, limits.after, limits.chunk)
+        _last_begin, last_end = visible(last_i + shift, limits.before, limits.after, limits.chunk)
         if (begin_i < queries) & (begin_j < tl.minimum(last_end, keys)) & (begin_j + BLOCK_N > first_begin):
             offs_i = begin_i + tl.arange(0, BLOCK_M)
             valid_i = offs_i < queries
             wide_i = offs_i.to(tl.int64)
             qt = load_rows(query_head(q, b, h, first_q), wide_i * q.sequence, valid_i, D, BLOCK_D, False)
             do = load_rows(query_head(dout, b, h, first_q), wide_i * dout.sequence, valid_i, DV, BLOCK_DV, False)
-            _, stat = query_rows(b, h, first_q, sizes, ragged)
+            _row, stat = query_rows(b, h, first_q, sizes, ragged)
             lse, delta = _row_stats(lse_ptr, delta_ptr, stat, offs_i, valid_i)
             first_seen, end_seen = visible(offs_i + shift, limits.before, limits.after, limits.chunk)
-            dx, _, _ = _score_gradient(
+            dx, _kt, _bent = _score_gradient(
                 qt, do, lse, delta, key_head(k, b, h // sizes.group, first_k, ragged),
                 key_head(v, b, h // sizes.group, first_k, ragged), k, v, b, h, offs_i, first_seen,
                 tl.minimum(end_seen, keys), begin_j, queries, keys, slopes, bias, mask, numbers, seed, D, DV, BLOCK_N,
@@ -357,21 +358,47 @@ def _attention_bwd_dbias_kernel(
 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    options: AttentionOptions, packing: Packing | None = None,
+    options: AttentionOptions, packed: PackedSequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dbias and dsinks, dense, of their inputs' dtypes; the last two None without such an input.
 
-    Shapes as in `attention_fwd`; dout like out, dlse like lse or None. out, lse dense, last dims of the others dense.
-    Keys in pages have no gradient.
+    Shapes as in `attention_fwd`; dout like out, dlse like lse or None. Keys in pages are copied out of them first, and
+    the host waits for the lengths.
     """
+    if packed is None or packed.block_table is None:
+        return _gradients(dout, dlse, q, k, v, out, lse, options, packed)
+    rows = packed.key_rows(k.shape[1])
+    lengths = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(q.device)
+    apart = packed._replace(cu_seqlens_k=lengths, block_table=None, seqused_k=None)
+    together = torch.cat(rows)
+    flat_k, flat_v = (x.flatten(0, 1)[together] for x in (k, v))
+    # In fp32, for pages that sequences share get the sum of their gradients: sequence by sequence, in that order.
+    dq, dk, dv, dbias, dsinks = _gradients(dout, dlse, q, flat_k, flat_v, out, lse, options, apart, torch.float32)
+    grads = []
+    for pages, grad in ((k, dk), (v, dv)):
+        total = torch.zeros((pages.shape[0] * pages.shape[1], *pages.shape[2:]), dtype=grad.dtype, device=q.device)
+        for r, part in zip(rows, grad.split([len(r) for r in rows]), strict=True):
+            total[r] += part
+        grads.append(total.view(pages.shape).to(pages.dtype))
+    return dq, grads[0], grads[1], dbias, dsinks
+
+
+def _gradients(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    options: AttentionOptions, packed: PackedSequences | None, key_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, dbias and dsinks; dk and dv in `key_dtype`, their inputs' when None. Keys are not in pages."""
+    dout, q, k, v = dense_rows(dout), dense_rows(q), dense_rows(k), dense_rows(v)
+    out, lse = out.contiguous(), lse.contiguous()
     depth, depth_v = q.shape[-1], v.shape[-1]
-    batch, arguments = score_arguments(q, k, options, packing)
+    batch, arguments = score_arguments(q, k, options, packed)
     sizes = arguments["sizes"]
     heads, queries, keys, kv_heads = q.shape[-2], sizes.queries, sizes.keys, k.shape[-2]
     gpu, device = gpu_name(q.device), q.device
-    dq, dk, dv = (
-        (torch.empty if packing is None else torch.zeros)(x.shape, dtype=x.dtype, device=device) for x in (q, k, v)
-    )
+    # Rows of no sequence are written by no program.
+    new = torch.empty if packed is None else torch.zeros
+    dq = new(q.shape, dtype=q.dtype, device=device)
+    dk, dv = (new(x.shape, dtype=key_dtype or x.dtype, device=device) for x in (k, v))
     delta = torch.empty_like(lse)
     dlse = None if dlse is None else dlse.contiguous()
     block_d, block_dv = block_dim(depth), block_dim(depth_v)
@@ -382,7 +409,7 @@ def attention_bwd(
     by_key = key_gradient_tiles(gpu, q.dtype, block_d, block_dv, features=features)
     by_query = query_gradient_tiles(gpu, q.dtype, block_d, block_dv, features=features)
     # All rows are of one length for delta: packed ones are those of one sequence.
-    entries, rows = (batch, queries) if packing is None else (1, q.shape[0])
+    entries, rows = (batch, queries) if packed is None else (1, q.shape[0])
     with torch.cuda.device_of(q):
         if lse.numel() > 0:
             _attention_bwd_delta_kernel[(triton.cdiv(rows, DELTA_ROWS) * entries * heads,)](

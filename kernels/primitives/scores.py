@@ -11,7 +11,7 @@ Tuples of arguments (each also stands for the Triton tuple that a kernel gets):
     Slopes   of ALiBi: pointer to [.., Hq] in fp32 and the stride of a batch entry
     Sizes    queries and keys (the most of any sequence), query heads, query heads to a KV head, rows of all sequences,
              tokens to a page, stride of the block table's rows
-    Ragged   of packed sequences: cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, pointers or None
+    Ragged   of packed sequences: cu_seqlens_q, cu_seqlens_k, seqused_k and block_table, the last two perhaps None
     Limits   keys seen before and after p, and the chunk length or None
     Numbers  softmax_scale, softcap or None, the dropout's threshold, factor of a kept weight and number of head 0
 """
@@ -119,9 +119,8 @@ def sequence(b, sizes, ragged):
     if ragged is not None:
         first_q = tl.load(ragged.cu_seqlens_q + b)
         queries = tl.load(ragged.cu_seqlens_q + b + 1) - first_q
-        if ragged.cu_seqlens_k is not None:
-            first_k = tl.load(ragged.cu_seqlens_k + b)
-            keys = tl.load(ragged.cu_seqlens_k + b + 1) - first_k
+        first_k = tl.load(ragged.cu_seqlens_k + b)
+        keys = tl.load(ragged.cu_seqlens_k + b + 1) - first_k
         if ragged.seqused_k is not None:
             keys = tl.load(ragged.seqused_k + b)
         if ragged.block_table is not None:

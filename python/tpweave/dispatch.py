@@ -116,6 +116,12 @@ class Needs:
                 return reason
         return None
 
+    def only_if_named(self, inputs: Inputs) -> str | None:
+        """Why a backend that takes `inputs` is not chosen by itself: Triton's interpreter is for tests."""
+        if self.module == "triton" and any(t.device.type == "cpu" for t in inputs.tensors):
+            return "runs in Triton's interpreter, only where it is named"
+        return None
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -143,6 +149,10 @@ class Op:
         """Every row's name with None if it takes `inputs`, else its reason."""
         return [(row.name, row.needs.why_not(inputs)) for row in self.backends]
 
+    def named(self, name: str | None) -> str | None:
+        """`name` if there is a row of that name: what a backward is asked for after a forward that ran as `name`."""
+        return next((row.name for row in self.backends if row.name == name), None)
+
     def choose(self, inputs: Inputs, backend: str | None = None) -> Backend:
         """The row that runs: the one named (by argument or TPWEAVE_BACKEND), else the first without an objection.
 
@@ -154,7 +164,7 @@ class Op:
             return self._named(named, inputs)
         reasons: list[str] = []
         for row in self.backends:
-            reason = row.needs.why_not(inputs)
+            reason = row.needs.why_not(inputs) or row.needs.only_if_named(inputs)
             if reason is None:
                 if row.name == "reference" and any(t.device.type == "cuda" for t in inputs.tensors):
                     warn_once(f"{self.name} runs its reference on a GPU: {'; '.join(reasons)}")

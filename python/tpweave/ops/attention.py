@@ -39,6 +39,21 @@ def attention_fwd_cpu(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
     return out, lse
 
 
+def attention_fwd_triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    from tpweave.kernels.ops.attention import attention_fwd
+
+    return attention_fwd(q, k, v, options)
+
+
+def attention_bwd_triton(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    from tpweave.kernels.ops.attention_bwd import attention_bwd
+
+    return attention_bwd(dout, dlse, q, k, v, out, lse, options)
+
+
 def attention_fwd_reference(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     out, lse = attention_reference(q, k, v, options)
     return out.contiguous(), lse
@@ -52,11 +67,22 @@ def head_dim_fits(inputs: Inputs) -> str | None:
     return None
 
 
+def _triton_head_dim_fits(inputs: Inputs) -> str | None:
+    for tensor in inputs.tensors:
+        # A power of two of keys and of queries has to fit in a multiprocessor's memory.
+        if tensor.shape[-1] > 256:
+            return f"takes head dims up to 256, not {tensor.shape[-1]}"
+    return None
+
+
+TRITON_NEEDS = Needs(device="cuda", dtypes=FLOATS, module="triton", rules=(_triton_head_dim_fits,))
 ATTENTION = Op("attention", [
     Backend("cpu", attention_fwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(head_dim_fits,))),
+    Backend("triton", attention_fwd_triton, TRITON_NEEDS),
     Backend("reference", attention_fwd_reference, Needs()),
 ])  # fmt: skip
 ATTENTION_BWD = Op("attention_bwd", [
+    Backend("triton", attention_bwd_triton, TRITON_NEEDS),
     Backend("reference", attention_backward_reference, Needs()),
 ])  # fmt: skip
 
@@ -85,9 +111,10 @@ def _fake(q, k, v, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, causal, left, right, chunk, scale, softcap, dropout_p, head_offset, _ = inputs
+    *tensors, causal, left, right, chunk, scale, softcap, dropout_p, head_offset, backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.settings = causal, left, right, chunk, scale, softcap, dropout_p, head_offset
+    ctx.backend = backend
     ctx.set_materialize_grads(False)
 
 
@@ -98,16 +125,17 @@ def _backward(ctx, dout, dlse):
     dout = torch.zeros_like(out) if dout is None else dout
     _, _, _, _, need_dbias, _, need_dsinks, *_ = ctx.needs_input_grad
     dq, dk, dv, dbias, dsinks = _attention_bwd_op(
-        dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sinks, seed, *ctx.settings, need_dbias, need_dsinks
-    )
+        dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sinks, seed, *ctx.settings, need_dbias, need_dsinks,
+        ctx.backend,
+    )  # fmt: skip
     none = (None,) * 10
     return dq, dk, dv, None, dbias if need_dbias else None, None, dsinks if need_dsinks else None, *none
 
 
 def _bwd_impl(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sinks, seed, *settings_and_needs):
-    *settings, need_dbias, need_dsinks = settings_and_needs
+    *settings, need_dbias, need_dsinks, backend = settings_and_needs
     options = _options(mask, bias, alibi_slopes, sinks, seed, *settings)
-    row = ATTENTION_BWD.choose(Inputs((dout, q, k, v), **options._asdict()))
+    row = ATTENTION_BWD.choose(Inputs((dout, q, k, v), **options._asdict()), ATTENTION_BWD.named(backend))
     dq, dk, dv, dbias, dsinks = row.run(dout, dlse, q, k, v, out, lse, options)
     return (
         dq, dk, dv, dbias if need_dbias and dbias is not None else q.new_empty(0),
@@ -116,7 +144,7 @@ def _bwd_impl(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sinks, se
 
 
 def _bwd_fake(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sinks, seed, *settings_and_needs):
-    *_, need_dbias, need_dsinks = settings_and_needs
+    *_, need_dbias, need_dsinks, _ = settings_and_needs
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for x, needed in ((bias, need_dbias), (sinks, need_dsinks)):
         grads.append(x.new_empty(x.shape) if needed else q.new_empty(0))
@@ -129,7 +157,8 @@ _OPTIONS_SCHEMA = (
 )
 _attention_bwd_op = register_op(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONS_SCHEMA}, bool need_dbias, bool need_dsinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS_SCHEMA}, bool need_dbias, bool need_dsinks, str? backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_impl, _bwd_fake,
 )  # fmt: skip
 _attention_op = register_op(

@@ -23,6 +23,7 @@ from tpweave.library import register_op
 from tpweave.native import _C
 from tpweave.ops.attention import (
     _OPTIONS_SCHEMA,
+    TRITON_NEEDS,
     AttentionKeywords,
     _options,
     check_heads,
@@ -59,14 +60,33 @@ def attention_varlen_fwd_cpu(
     return out, lse
 
 
+def attention_varlen_fwd_triton(
+    q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    from tpweave.kernels.ops.attention import attention_fwd
+
+    return attention_fwd(q, k, v, options, sequences)
+
+
+def attention_varlen_bwd_triton(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    sequences: PackedSequences, options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    from tpweave.kernels.ops.attention_bwd import attention_bwd
+
+    return attention_bwd(dout, dlse, q, k, v, out, lse, options, sequences)
+
+
 # Rows take (q, k, v, PackedSequences, AttentionOptions) and return out [Tq, Hq, Dv] and lse [Hq, Tq]; those of the
 # backward take (dout, dlse, q, k, v, out, lse, PackedSequences, AttentionOptions) and return dq, dk, dv, dbias, dsinks.
 # Tokens of no sequence have out 0, lse -inf and gradients 0; so have keys that no sequence uses.
 ATTENTION_VARLEN = Op("attention_varlen", [
     Backend("cpu", attention_varlen_fwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(head_dim_fits,))),
+    Backend("triton", attention_varlen_fwd_triton, TRITON_NEEDS),
     Backend("reference", attention_varlen_reference, Needs()),
 ])  # fmt: skip
 ATTENTION_VARLEN_BWD = Op("attention_varlen_bwd", [
+    Backend("triton", attention_varlen_bwd_triton, TRITON_NEEDS),
     Backend("reference", attention_varlen_backward_reference, Needs()),
 ])  # fmt: skip
 
@@ -130,7 +150,7 @@ def _fake(q, k, v, *_):
 def _setup_context(ctx, inputs, output):
     q, k, v, cu_q, cu_k, max_q, max_k, *tensors = inputs[:14]
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, *tensors)
-    ctx.longest, ctx.settings = (max_q, max_k), inputs[14:-1]
+    ctx.longest, ctx.settings, ctx.backend = (max_q, max_k), inputs[14:-1], inputs[-1]
     ctx.set_materialize_grads(False)
 
 
@@ -141,24 +161,39 @@ def _backward(ctx, dout, dlse):
     dout = torch.zeros_like(out) if dout is None else dout
     need_dbias, need_dsinks = ctx.needs_input_grad[10], ctx.needs_input_grad[12]
     dq, dk, dv, dbias, dsinks = _attention_varlen_bwd_op(
-        dout, dlse, q, k, v, out, lse, cu_q, cu_k, *ctx.longest, *tensors, *ctx.settings, need_dbias, need_dsinks
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_q,
+        cu_k,
+        *ctx.longest,
+        *tensors,
+        *ctx.settings,
+        need_dbias,
+        need_dsinks,
+        ctx.backend,
     )
     dbias, dsinks = dbias if need_dbias else None, dsinks if need_dsinks else None
     return dq, dk, dv, *(None,) * 7, dbias, None, dsinks, *(None,) * 10
 
 
 def _bwd_impl(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, block_table, seqused_k, *rest):
-    mask, bias, alibi, sinks, seed, *settings, need_dbias, need_dsinks = rest
+    mask, bias, alibi, sinks, seed, *settings, need_dbias, need_dsinks, backend = rest
     sequences = PackedSequences(cu_q, cu_k, max_q, max_k, block_table, seqused_k)
     options = _options(mask, bias, alibi, sinks, seed, *settings)
-    row = ATTENTION_VARLEN_BWD.choose(Inputs((dout, q, k, v), **sequences._asdict(), **options._asdict()))
+    inputs = Inputs((dout, q, k, v), **sequences._asdict(), **options._asdict())
+    row = ATTENTION_VARLEN_BWD.choose(inputs, ATTENTION_VARLEN_BWD.named(backend))
     dq, dk, dv, dbias, dsinks = row.run(dout, dlse, q, k, v, out, lse, sequences, options)
     dbias = dbias if need_dbias and dbias is not None else q.new_empty(0)
     return dq, dk, dv, dbias, dsinks if need_dsinks and dsinks is not None else q.new_empty(0)
 
 
 def _bwd_fake(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, block_table, seqused_k, *rest):
-    _, bias, _, sinks, *_, need_dbias, need_dsinks = rest
+    _, bias, _, sinks, *_, need_dbias, need_dsinks, _ = rest
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     for x, needed in ((bias, need_dbias), (sinks, need_dsinks)):
         grads.append(x.new_empty(x.shape) if needed else q.new_empty(0))
@@ -171,7 +206,7 @@ _SEQUENCES_SCHEMA = (
 )
 _attention_varlen_bwd_op = register_op(
     "attention_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SEQUENCES_SCHEMA}, {_OPTIONS_SCHEMA}, bool need_dbias, bool need_dsinks)"
+    f"{_SEQUENCES_SCHEMA}, {_OPTIONS_SCHEMA}, bool need_dbias, bool need_dsinks, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd_impl, _bwd_fake,
 )  # fmt: skip
