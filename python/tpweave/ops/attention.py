@@ -69,7 +69,6 @@ def head_dim_fits(inputs: Inputs) -> str | None:
 
 def _triton_head_dim_fits(inputs: Inputs) -> str | None:
     for tensor in inputs.tensors:
-        # A power of two of keys and of queries has to fit in a multiprocessor's memory.
         if tensor.shape[-1] > 256:
             return f"takes head dims up to 256, not {tensor.shape[-1]}"
     return None
