@@ -147,6 +147,16 @@ def _logits(scores: Tensor, options: AttentionOptions) -> Tensor:
     return scores
 
 
+def attention_scores(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
+    """What the softmax is taken of, x [B, Hq, Sq, Sk] in fp32 (fp64 for fp64), -inf where a key is hidden.
+
+    q: [B, Sq, Hq, D]; k: [B, Sk, Hkv, D].
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kh = _heads_first(k, wide).repeat_interleave(q.shape[2] // k.shape[2], 1)
+    return _logits(_capped(_heads_first(q, wide), kh, options)[0], options)
+
+
 def _kept(weights: Tensor, options: AttentionOptions, first_batch: int) -> Tensor | None:
     """Factors of dropout, 0 or 1 / (1 - p), or None without."""
     if options.dropout_p == 0:
@@ -169,14 +179,11 @@ def attention_reference(
     dropout's count. Returns out [B, Sq, Hq, Dv] of q's dtype and lse [B, Hq, Sq] in fp32 (fp64 for fp64): the log of
     the softmax's sum, the sink in it, -inf where nothing is in it.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[2] // k.shape[2]
-    qh = _heads_first(q, wide)
-    kh, vh = (_heads_first(x, wide).repeat_interleave(group, 1) for x in (k, v))
-    x = _logits(_capped(qh, kh, options)[0], options)
-    sinks = None if options.sinks is None else options.sinks.to(wide)[:, None, None].expand(*qh.shape[:3], 1)
+    x = attention_scores(q, k, options)
+    vh = _heads_first(v, x.dtype).repeat_interleave(q.shape[2] // k.shape[2], 1)
+    sinks = None if options.sinks is None else options.sinks.to(x.dtype)[:, None, None].expand(*x.shape[:3], 1)
     # A column for the sink, or one that weighs nothing: rows without keys need no case of their own.
-    joined = torch.cat([x, x.new_full((*qh.shape[:3], 1), float("-inf")) if sinks is None else sinks], -1)
+    joined = torch.cat([x, x.new_full((*x.shape[:3], 1), float("-inf")) if sinks is None else sinks], -1)
     top = joined.detach().amax(-1, keepdim=True)
     top = top.masked_fill(top == float("-inf"), 0.0)
     weights = torch.exp(joined - top)

@@ -1,0 +1,1 @@
+"""Other packages' names on tpweave's operations: code written for them runs unchanged."""

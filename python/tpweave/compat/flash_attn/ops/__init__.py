@@ -1,0 +1,1 @@
+"""flash-attn's `ops`: rotary embedding."""

@@ -1,0 +1,1 @@
+"""flash-attn's `ops.triton`: the rotary launcher, on any device."""
