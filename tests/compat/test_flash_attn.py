@@ -266,3 +266,63 @@ def test_bad_input_is_a_value_error():
         flash_attn.flash_attn_func(q, k, k)
     with pytest.raises(ValueError, match="ends at 9"):
         flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], offsets(9), offsets(3), 9, 3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_cache_is_appended_to_turned_and_read(causal, interleaved):
+    q, k, v = make(2, 3, 4, 16).detach(), make(2, 3, 2, 16, seed=1).detach(), make(2, 3, 2, 16, seed=2).detach()
+    k_cache, v_cache = make(2, 30, 2, 16, seed=3).detach(), make(2, 30, 2, 16, seed=4).detach()
+    lengths, angles = torch.tensor([7, 20], dtype=torch.int32), torch.outer(torch.arange(30.0), torch.rand(8))
+    cos, sin = angles.cos(), angles.sin()
+    slopes = torch.rand(2, 4)
+    before = k_cache.clone()
+    # By position, up to num_splits and return_softmax_lse.
+    out, lse = flash_attn.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cos, sin, lengths, None, None, None, 0.3, causal, (-1, -1), 2.0, interleaved,
+        slopes, 0, True,
+    )  # fmt: skip
+    turn = find("layers.rotary.apply_rotary_emb")
+    if causal:
+        q = turn(q, cos, sin, interleaved, seqlen_offsets=lengths)
+    else:
+        turned = [turn(q[:, i : i + 1], cos, sin, interleaved, seqlen_offsets=lengths) for i in range(3)]
+        q = torch.cat(turned, 1)
+    k = turn(k, cos, sin, interleaved, seqlen_offsets=lengths)
+    assert lse.shape == (2, 4, 3) and lse.dtype == torch.float32
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(k_cache[b, n : n + 3], k[b])
+        assert torch.equal(v_cache[b, n : n + 3], v[b]) and torch.equal(k_cache[b, :n], before[b, :n])
+        assert torch.equal(k_cache[b, n + 3 :], before[b, n + 3 :])
+        want, want_lse, _ = flash_attn.flash_attn_func(
+            q[b : b + 1], k_cache[b : b + 1, : n + 3], v_cache[b : b + 1, : n + 3], 0.0, 0.3, causal, softcap=2.0,
+            alibi_slopes=slopes[b : b + 1], return_attn_probs=True,
+        )  # fmt: skip
+        torch.testing.assert_close(out[b : b + 1], want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse[b : b + 1], want_lse, rtol=1e-4, atol=1e-5)
+
+
+def test_cache_lengths_pages_and_entries():
+    q = make(2, 1, 4, 16).detach()
+    k_cache, v_cache = make(3, 24, 2, 16, seed=3).detach(), make(3, 24, 2, 16, seed=4).detach()
+    call = flash_attn.flash_attn_with_kvcache
+    want = flash_attn.flash_attn_func(q, k_cache[:2, :9], v_cache[:2, :9])
+    torch.testing.assert_close(call(q, k_cache, v_cache, cache_seqlens=9), want)
+    torch.testing.assert_close(call(q, k_cache[:2, :9], v_cache[:2, :9]), want)
+    entries = torch.tensor([2, 0], dtype=torch.int32)
+    picked = [x[entries.long()] for x in (k_cache, v_cache)]
+    torch.testing.assert_close(
+        call(q, k_cache, v_cache, cache_batch_idx=entries, window_size=(5, -1)),
+        flash_attn.flash_attn_func(q, *picked, window_size=(5, -1)),
+    )
+    leftpad = torch.tensor([4, 11], dtype=torch.int32)
+    out = call(q, k_cache, v_cache, cache_seqlens=20, cache_leftpad=leftpad, causal=True)
+    for b, first in enumerate(leftpad.tolist()):
+        part = [x[b : b + 1, first:20] for x in (k_cache, v_cache)]
+        torch.testing.assert_close(out[b : b + 1], flash_attn.flash_attn_func(q[b : b + 1], *part, causal=True))
+    pages = [x.view(12, 6, 2, 16) for x in (k_cache, v_cache)]
+    table = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]], dtype=torch.int32)
+    torch.testing.assert_close(
+        call(q, *pages, cache_seqlens=21, block_table=table),
+        flash_attn.flash_attn_func(q, k_cache[:2, :21], v_cache[:2, :21]),
+    )

@@ -12,7 +12,7 @@ import torch
 from tpweave.compat.flash_attn.ops.triton.rotary import apply_rotary
 
 Tensor = torch.Tensor
-Tables = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]  # cos, sin, and the keys' own
+Tables = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # cos, sin, and the keys' own
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
