@@ -24,6 +24,7 @@ _EXPORTS = {
     "gated_activation": "tpweave.ops.gated_activation",
     "init": "tpweave.distributed.group",
     "layer_norm": "tpweave.ops.layer_norm",
+    "linear_cross_entropy": "tpweave.comm.linear_cross_entropy",
     "matmul_all_reduce": "tpweave.comm.matmul_all_reduce",
     "merge_attention": "tpweave.ops.merge_attention",
     "pack_padded": "tpweave.patch.packing",
