@@ -273,6 +273,14 @@ CHECKS: tuple[Check, ...] = (
         ),
         collective=True,
     ),
+    Check(
+        "linear_cross_entropy", "6x16 onto 11 rows a rank, losses and entropies",
+        lambda d: (d.shared_normal(6, 16), d.normal(11, 16), torch.arange(6, device=d.device)),
+        lambda i, backend, group: tpweave.linear_cross_entropy(
+            *i, group, reduction="none", return_entropy=True, label_smoothing=0.1, backend=backend
+        ),
+        collective=True,
+    ),
     *(
         Check(
             "matmul_all_reduce", f"{rows}x48x56 bias",

@@ -210,6 +210,8 @@ def _sum_setup_context(ctx, inputs, output):
 
 
 def _sum_backward(ctx, dsum, *_):
+    if dsum is None:
+        return (None,) * 13
     dhidden, dweight, dbias = ctx.saved_tensors
     grads = [dhidden, dweight, dbias if ctx.has_bias else None]
     # Mostly the loss is the end; on a GPU asking would cost more than multiplying.
@@ -237,7 +239,7 @@ def _tokens_setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _tokens_backward(ctx, dloss, dlse, dentropy):
+def _tokens_backward(ctx, dloss, _, dentropy):
     hidden, weight, bias, labels = ctx.saved_tensors
     grads = _tokens_bwd_op(dloss, dentropy, hidden, weight, bias, labels, *ctx.rest)
     return *grads[:2], None if bias is None else grads[2], *(None,) * 8
