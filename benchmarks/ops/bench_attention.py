@@ -1,56 +1,127 @@
-"""attention beside torch's scaled_dot_product_attention, which gets its own layout [B, H, S, D]."""
+"""attention beside torch's scaled_dot_product_attention, which gets its own layout [B, H, S, D] and its masks, made
+beforehand. It has no softcap and no sinks: there the rival is attention written out in torch.
+
+`flops` counts the scores that are seen, so GFLOP/s compare the cost of what is seen between cases.
+"""
 
 import torch
 
 import tpweave
 from tpweave.benchmarks.registry import Bench, Case, dtype_named
+from tpweave.native import _C
+from tpweave.reference.ops.attention import visible_keys
+
+WINDOW = 256
 
 
-def make(batch, heads, kv_heads, sequence, head_dim, causal, dtype):
-    q, k, v = (torch.randn(batch, sequence, h, head_dim).to(dtype_named(dtype)) for h in (heads, kv_heads, kv_heads))
-    return (q, k, v), [x.transpose(1, 2).contiguous() for x in (q, k, v)], causal
+def make(batch, heads, kv_heads, sequence, head_dim, option, dtype):
+    dtype = dtype_named(dtype)
+    q, k, v = (torch.randn(batch, sequence, h, head_dim).to(dtype) for h in (heads, kv_heads, kv_heads))
+    causal = option not in ("full", "bias")
+    slopes = 2.0 ** -torch.arange(1, heads + 1)
+    options = {
+        "window": {"window": (WINDOW, 0)},
+        "softcap": {"softcap": 30.0},
+        "alibi": {"alibi_slopes": slopes},
+        "sinks": {"sinks": torch.randn(heads).to(dtype)},
+        "bias": {"bias": torch.randn(1, heads, sequence, sequence).to(dtype)},
+    }.get(option, {})
+    window = options.get("window", (-1, -1))
+    visible = visible_keys(sequence, sequence, causal, window)
+    mask = options.get("bias")
+    if option == "window":
+        mask = visible
+    elif option == "alibi":
+        distance = (torch.arange(sequence)[:, None] - torch.arange(sequence)).abs()
+        mask = (-slopes[:, None, None] * distance).masked_fill(~visible, float("-inf"))[None].to(dtype)
+    return {
+        "tensors": (q, k, v), "transposed": [x.transpose(1, 2).contiguous() for x in (q, k, v)], "mask": mask,
+        "causal": causal, "options": options, "visible": visible,
+    }  # fmt: skip
 
 
-def sdpa(inputs):
-    (q, k, _), transposed, causal = inputs
-    grouped = q.shape[2] != k.shape[2]
-    return torch.nn.functional.scaled_dot_product_attention(*transposed, is_causal=causal, enable_gqa=grouped)
+def ours(inputs):
+    return tpweave.attention(*inputs["tensors"], causal=inputs["causal"], **inputs["options"])
+
+
+def written_out(q, k, v, visible, softcap=0.0, sinks=None):
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return torch.softmax(scores, -1)[..., : k.shape[2]] @ v
+
+
+def in_torch(inputs, tensors=None):
+    options, mask = inputs["options"], inputs["mask"]
+    tensors = inputs["transposed"] if tensors is None else tensors
+    if "softcap" in options or "sinks" in options:
+        return written_out(*tensors, inputs["visible"], **options)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(tensors[0].dtype)
+    return torch.nn.functional.scaled_dot_product_attention(
+        *tensors, attn_mask=mask, is_causal=inputs["causal"] and mask is None,
+        enable_gqa=tensors[0].shape[1] != tensors[1].shape[1],
+    )  # fmt: skip
 
 
 def check(inputs, out):
-    (q, k, v), transposed, causal = inputs
-    wide = sdpa(((q, k, v), [x.double() for x in transposed], causal)).transpose(1, 2)
-    tolerance = 1e-5 if q.dtype == torch.float32 else 2e-2
+    wide = in_torch(inputs, [x.double() for x in inputs["transposed"]]).transpose(1, 2)
+    tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), wide, rtol=tolerance, atol=tolerance)
 
 
 def flops(inputs):
-    (q, k, _), _, causal = inputs
-    return 4 * q.numel() * k.shape[1] / (2 if causal else 1)
+    q, k, _ = inputs["tensors"]
+    visible = inputs["visible"]
+    return 4 * q.numel() * (k.shape[1] if visible is None else visible.sum().item() / q.shape[1])
+
+
+def extra_bytes(inputs):
+    ours(inputs)
+    return _C.attention_workspace_bytes()
 
 
 SHAPES = (
-    # B, Hq, Hkv, S, D, causal
-    (1, 8, 8, 2048, 64, True),
-    (1, 8, 8, 2048, 64, False),
-    (1, 8, 2, 512, 128, True),
-    (4, 12, 12, 128, 32, False),
-    (1, 16, 16, 256, 80, False),
+    # B, Hq, Hkv, S, D, option
+    (1, 8, 8, 2048, 64, "causal"),
+    (1, 8, 8, 2048, 64, "full"),
+    (1, 4, 4, 2048, 128, "causal"),
+    (1, 2, 2, 4096, 64, "causal"),
+    (1, 8, 2, 512, 128, "causal"),
+    (1, 8, 8, 256, 64, "full"),
+    (4, 12, 12, 128, 64, "full"),
+    (4, 12, 12, 128, 32, "full"),
+    (1, 16, 16, 256, 80, "full"),
+    (1, 12, 12, 256, 59, "full"),
+    (1, 8, 8, 1024, 72, "full"),
+    (1, 8, 8, 1024, 64, "causal"),
+    (1, 8, 2, 1024, 64, "causal"),
+    (1, 8, 8, 1024, 64, "window"),
+    (1, 8, 8, 1024, 64, "softcap"),
+    (1, 8, 8, 1024, 64, "alibi"),
+    (1, 8, 8, 1024, 64, "sinks"),
+    (1, 8, 8, 1024, 64, "bias"),
 )
 
 BENCH = Bench(
     stem="attention",
     cases=tuple(
         Case(
-            f"{dtype} B{b} H{h}/{hkv} S{s} D{d}{' causal' if causal else ''}",
-            {"batch": b, "heads": h, "kv_heads": hkv, "sequence": s, "head_dim": d, "causal": causal, "dtype": dtype},
+            f"{dtype} B{b} H{h}/{hkv} S{s} D{d} {option}",
+            {"batch": b, "heads": h, "kv_heads": hkv, "sequence": s, "head_dim": d, "option": option, "dtype": dtype},
         )
         for dtype in ("fp32", "bf16", "fp16")
-        for b, h, hkv, s, d, causal in SHAPES
+        for b, h, hkv, s, d, option in SHAPES
     ),
     make=make,
-    ours=lambda inputs: tpweave.attention(*inputs[0], causal=inputs[2]),
-    rivals={"torch SDPA": sdpa},
+    ours=ours,
+    rivals={"torch SDPA": in_torch},
     check=check,
     flops=flops,
+    extra_bytes=extra_bytes,
 )

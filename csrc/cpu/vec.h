@@ -216,6 +216,8 @@ TPWEAVE_INLINE void store(Float16* p, VecF v) {
 // ---- ragged ends --------------------------------------------------------------------------------
 // The first `count` (1 to kLanes) elements; the lanes beyond hold `fill`. No byte beyond is touched.
 
+#if TPWEAVE_ISA_LEVEL == 0
+
 template <typename T>
 TPWEAVE_INLINE VecF load_partial(const T* p, int64_t count, float fill = 0.0f) {
   float lanes[kLanes];
@@ -231,6 +233,95 @@ TPWEAVE_INLINE void store_partial(T* p, VecF v, int64_t count) {
     if (i < count) from_float(lanes[i], p + i);
   }
 }
+
+#elif TPWEAVE_ISA_LEVEL == 1
+
+TPWEAVE_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Up to four 16-bit elements at the bottom of a word.
+TPWEAVE_INLINE uint64_t load_up_to_four(const void* p, int64_t count) {
+  const char* bytes = static_cast<const char*>(p);
+  uint64_t word = 0;
+  if ((count & 4) != 0) __builtin_memcpy(&word, bytes, 8);
+  if ((count & 3) == 0) return word;
+  uint32_t pair = 0;
+  uint16_t one = 0;
+  if ((count & 2) != 0) __builtin_memcpy(&pair, bytes, 4);
+  if ((count & 1) != 0) __builtin_memcpy(&one, bytes + (count & 2) * 2, 2);
+  return pair | static_cast<uint64_t>(one) << ((count & 2) * 16);
+}
+
+TPWEAVE_INLINE void store_up_to_four(void* p, uint64_t word, int64_t count) {
+  char* bytes = static_cast<char*>(p);
+  if ((count & 4) != 0) {
+    __builtin_memcpy(bytes, &word, 8);
+    return;
+  }
+  if ((count & 2) != 0) {
+    __builtin_memcpy(bytes, &word, 4);
+    word >>= 32;
+  }
+  if ((count & 1) != 0) __builtin_memcpy(bytes + (count & 2) * 2, &word, 2);
+}
+
+TPWEAVE_INLINE __m128i load_halves(const void* p, int64_t count) {
+  const int64_t low = min_of(count, 4);
+  const uint64_t first = load_up_to_four(p, low);
+  const uint64_t second = load_up_to_four(static_cast<const char*>(p) + 8, count - low);
+  return _mm_set_epi64x(static_cast<int64_t>(second), static_cast<int64_t>(first));
+}
+
+TPWEAVE_INLINE VecF load_partial(const float* p, int64_t count, float fill = 0.0f) {
+  const __m256i keep = first_lanes(count);
+  return _mm256_blendv_ps(set1(fill), _mm256_maskload_ps(p, keep), _mm256_castsi256_ps(keep));
+}
+
+template <typename T>
+TPWEAVE_INLINE VecF load_partial(const T* p, int64_t count, float fill = 0.0f) {
+  T halves[kLanes];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(halves), load_halves(p, count));
+  return _mm256_blendv_ps(set1(fill), load(halves), _mm256_castsi256_ps(first_lanes(count)));
+}
+
+TPWEAVE_INLINE void store_partial(float* p, VecF v, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+
+template <typename T>
+TPWEAVE_INLINE void store_partial(T* p, VecF v, int64_t count) {
+  uint64_t halves[2];
+  store(reinterpret_cast<T*>(halves), v);
+  const int64_t low = min_of(count, 4);
+  store_up_to_four(p, halves[0], low);
+  store_up_to_four(p + 4, halves[1], count - low);
+}
+
+#else
+
+TPWEAVE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+TPWEAVE_INLINE VecF load_partial(const float* p, int64_t count, float fill = 0.0f) {
+  return _mm512_mask_loadu_ps(set1(fill), first_lanes(count), p);
+}
+TPWEAVE_INLINE VecF load_partial(const BFloat16* p, int64_t count, float fill = 0.0f) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+  return _mm512_mask_mov_ps(set1(fill), first_lanes(count), _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+}
+TPWEAVE_INLINE VecF load_partial(const Float16* p, int64_t count, float fill = 0.0f) {
+  const VecF wide = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+  return _mm512_mask_mov_ps(set1(fill), first_lanes(count), wide);
+}
+
+TPWEAVE_INLINE void store_partial(float* p, VecF v, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), v); }
+template <typename T>
+TPWEAVE_INLINE void store_partial(T* p, VecF v, int64_t count) {
+  T halves[kLanes];
+  store(halves, v);
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves));
+  _mm256_mask_storeu_epi16(p, first_lanes(count), bits);
+}
+
+#endif
 
 // Loops over `count` elements write their body once, for a whole vector and for the ragged end:
 //   for_each_vec(count, [&](int64_t i, auto part) { store(y + i, load(x + i, part), part); });
