@@ -40,6 +40,8 @@ class Bench:
         check: inputs, our result -> None, raises when wrong; runs before any timing, on every rank.
         flops, bytes: inputs -> work of one call on one rank (bytes read plus written), for rates; None where it
             says nothing.
+        extra_bytes: inputs -> memory that one call takes beside its inputs and outputs, as measured; None where it is
+            not.
         world_size: ranks; 1 runs in this process.
         mpi_rivals: those of `rivals` that need to be started by mpirun and mpi4py; left out where these are not
             installed.
@@ -53,6 +55,7 @@ class Bench:
     check: Callable[[Any, Any], None]
     flops: Callable[[Any], float] | None = None
     bytes: Callable[[Any], float] | None = None
+    extra_bytes: Callable[[Any], int] | None = None
     world_size: int = 1
     mpi_rivals: tuple[str, ...] = ()
     gpu_cases: tuple[Case, ...] = ()

@@ -163,6 +163,7 @@ def _measure_case(bench: Bench, case: Case, options: Options, rivals: Rivals) ->
     row["rivals"] = {name: {**asdict(t), "ratio": t.seconds / ours.seconds} for name, t in timings.items()}
     row["bytes"] = None if bench.bytes is None else bench.bytes(inputs)
     row["gb_s"] = None if row["bytes"] is None else row["bytes"] / ours.seconds / 1e9
+    row["extra_bytes"] = None if bench.extra_bytes is None else bench.extra_bytes(inputs)
     row["gflop_s"] = None if bench.flops is None else bench.flops(inputs) / ours.seconds / 1e9
     return row
 

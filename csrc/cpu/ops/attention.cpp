@@ -32,6 +32,9 @@ constexpr int64_t kWorkPerThread = 1 << 18;
 // Working memory up to this size stays with the thread that called: fresh pages cost small calls more than the work.
 constexpr int64_t kKeptBytes = 16 << 20;
 
+// Working memory of the latest call in this process, for the benchmark.
+std::atomic<int64_t> workspace_bytes{0};
+
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct FreeAligned {
@@ -220,8 +223,10 @@ class Forward {
     const int64_t slot_bytes = round_up(kernels_.packed_bytes(problem_, most_key_tiles), 64);
     const int64_t tile_bytes = round_up(kernels_.packed_bytes(problem_, 1), 64);
     const int64_t thread_bytes = round_up(kernels_.scratch_bytes, 64) + tile_bytes;
+    const int64_t bytes = schedule.slots() * slot_bytes + threads_ * thread_bytes;
+    workspace_bytes.store(bytes, std::memory_order_relaxed);
     static thread_local Workspace workspace;
-    char* memory = workspace.reserve(schedule.slots() * slot_bytes + threads_ * thread_bytes);
+    char* memory = workspace.reserve(bytes);
     char* slots = memory + threads_ * thread_bytes;
     parallel_region(static_cast<int>(threads_), [&](int thread, int) {
       char* scratch = memory + thread * thread_bytes;
@@ -254,8 +259,10 @@ class Forward {
     const AttentionSequence sequence = attention_sequence(problem_, batch);
     const int64_t rows = sequence.queries * (problem_.heads / problem_.kv_heads);
     Plan plan;
-    plan.tile_rows = tile_rows;
+    // Tiles of about the same height.
     plan.tiles = (rows + tile_rows - 1) / tile_rows;
+    plan.tile_rows = round_up(rows / std::max<int64_t>(1, plan.tiles) + 1, kernels_.row_group);
+    plan.tile_rows = std::min(plan.tile_rows, tile_rows);
     plan.key_tiles = (sequence.keys + kernels_.key_tile - 1) / kernels_.key_tile;
     plan.packs = threads_ == 1 ? 1 : 1 + plan.key_tiles / kTilesPerTicket;
     plan.streamed = rows <= row_limit_;
@@ -297,6 +304,9 @@ void forward(const char* op, const AttentionIntegers& integers, const AttentionR
 
 }  // namespace
 
-void register_attention(py::module_& m) { m.def("attention_fwd", &forward, py::call_guard<py::gil_scoped_release>()); }
+void register_attention(py::module_& m) {
+  m.def("attention_fwd", &forward, py::call_guard<py::gil_scoped_release>());
+  m.def("attention_workspace_bytes", [] { return workspace_bytes.load(std::memory_order_relaxed); });
+}
 
 }  // namespace tpweave

@@ -4,7 +4,8 @@
 // For each key tile, row group by row group: raw scores into a buffer of L1 size; the rows' limits are compared
 // and, rarely, raised; the exponentials of a group are computed inside the next group's products where registers
 // suffice (kOverlap), for multiply-adds leave the other execution ports free. Then all groups multiply their
-// weights with V.
+// weights with V. Where registers do not suffice, kBatch groups take these steps together, panel by panel of K and V,
+// which then come from L1 for all but the first.
 //
 // A row's weights are 2^(scale * score - shift). The shift follows the row's maximum only when that has grown
 // by more than 2^8 (fp32 has the range), so that rows are hardly ever rescaled. Where scores need more than a scale
@@ -21,6 +22,8 @@ namespace {
 constexpr float kSlackLog2 = 8.0f;
 constexpr int kGroupVecs = kKeys / kLanes;      // vectors of scores in a row
 constexpr int kUnits = kRows * kGroupVecs / 2;  // an exponential unit is two of them
+constexpr int kBatch = 4;
+constexpr int kScoreBuffers = kOverlap ? 2 : kBatch;
 constexpr int kUnitsPerPanel = kUnits / kPanelsPerTile;
 static_assert(kKeys == kDropoutKeys && kQueryRows % kRows == 0 && kUnits % kPanelsPerTile == 0,
               "whole groups and units");
@@ -29,7 +32,7 @@ static_assert(kKeys == kDropoutKeys && kQueryRows % kRows == 0 && kUnits % kPane
 struct alignas(64) Scratch {
   float queries[kQueryRows * kQueryStride];
   float weights[kQueryRows * kKeys];
-  float scores[2][kRows * kKeys];
+  float scores[kScoreBuffers][kRows * kKeys];
   float out[kQueryRows * kMaxHeadDim];    // [panel][row][kPanel]
   float sums[kQueryRows * kLanes];        // of weights as stored, lane by lane
   float exact_sums[kQueryRows * kLanes];  // and before rounding, where Format::kRoundsWeights
@@ -135,34 +138,10 @@ class QueryTile {
   void key_tile(const float* block, int64_t key) {
     const int state = static_cast<int>(block[layout_.state_offset]);
     if (state == kHidden) return;
-    int64_t pending = -1;  // the row whose group waits for its exponentials
-    float* scores = scratch_.scores[0];
-    float* pending_scores = scratch_.scores[1];
-    for (int64_t row = 0; row < rows_; row += kRows) {
-      const Range seen = group_range(row, key);
-      const bool live = seen.begin < seen.end && !(logits_.has_mask() && mask_hides(row, key));
-      scratch_.live[row / kRows] = live;
-      if (!live) continue;
-      const bool whole =
-          state == kVisible && scratch_.begin[row + kRows - 1] <= key && scratch_.end[row] >= key + kKeys;
-      const bool overlap = kOverlap && whole && pending >= 0 && problem_.dropout_p == 0;
-      if (pending >= 0 && !overlap) weigh(pending_scores, pending, key);
-      if (!whole) {
-        part_scores(block, row, seen, scores);
-      } else if (overlap) {
-        whole_scores<kOverlap>(block, row, scores, pending_scores, pending);
-      } else {
-        whole_scores<false>(block, row, scores, nullptr, 0);
-      }
-      if (!whole || logits_.active()) finish_scores(block, state, key, row, seen, whole, scores);
-      pending = row;
-      float* other = pending_scores;
-      pending_scores = scores;
-      scores = other;
-    }
-    if (pending >= 0) weigh(pending_scores, pending, key);
-    for (int64_t row = 0; row < rows_; row += kRows) {
-      if (scratch_.live[row / kRows]) add_values(block + layout_.value_offset, row, group_range(row, key));
+    if constexpr (kOverlap) {
+      overlapped_groups(block, state, key);
+    } else {
+      batched_groups(block, state, key);
     }
   }
 
@@ -175,12 +154,83 @@ class QueryTile {
     return {max_of(0, scratch_.begin[row] - key), min_of(kKeys, scratch_.end[row + kRows - 1] - key)};
   }
 
-  bool mask_hides(int64_t row, int64_t key) const {
+  bool group_sees(int64_t row, int64_t key, Range seen) const {
+    if (seen.begin >= seen.end) return false;
+    if (!logits_.has_mask()) return true;
     for (int64_t r = row; r < row + kRows; ++r) {
       const int64_t begin = max_of(scratch_.begin[r], key), end = min_of(scratch_.end[r], key + kKeys);
-      if (begin < end && !logits_.hidden(scratch_.logits[r], begin, end)) return false;
+      if (begin < end && !logits_.hidden(scratch_.logits[r], begin, end)) return true;
     }
-    return true;
+    return false;
+  }
+
+  // Whether all rows of the group see all keys of the tile.
+  bool sees_whole(int state, int64_t row, int64_t key) const {
+    return state == kVisible && scratch_.begin[row + kRows - 1] <= key && scratch_.end[row] >= key + kKeys;
+  }
+
+  void overlapped_groups(const float* block, int state, int64_t key) {
+    int64_t pending = -1;  // the row whose group waits for its exponentials
+    float* scores = scratch_.scores[0];
+    float* pending_scores = scratch_.scores[1];
+    for (int64_t row = 0; row < rows_; row += kRows) {
+      const Range seen = group_range(row, key);
+      scratch_.live[row / kRows] = group_sees(row, key, seen);
+      if (!scratch_.live[row / kRows]) continue;
+      const bool whole = sees_whole(state, row, key);
+      const bool overlap = whole && pending >= 0 && problem_.dropout_p == 0;
+      if (pending >= 0 && !overlap) weigh(pending_scores, pending, key);
+      if (overlap) {
+        whole_scores<true>(block, row, scores, pending_scores, pending);
+      } else if (whole) {
+        whole_scores<false>(block, row, scores, nullptr, 0);
+      } else {
+        for (int panel = 0; panel < kPanelsPerTile; ++panel) part_scores(block, row, seen, panel, scores);
+      }
+      if (!whole || logits_.active()) finish_scores(block, state, key, row, seen, whole, scores);
+      pending = row;
+      float* other = pending_scores;
+      pending_scores = scores;
+      scores = other;
+    }
+    if (pending >= 0) weigh(pending_scores, pending, key);
+    for (int64_t row = 0; row < rows_; row += kRows) {
+      if (!scratch_.live[row / kRows]) continue;
+      for (int64_t column = 0; column < layout_.columns; column += kPanel) {
+        add_values(block + layout_.value_offset, row, group_range(row, key), column);
+      }
+    }
+  }
+
+  void batched_groups(const float* block, int state, int64_t key) {
+    int64_t rows[kBatch];
+    Range seen[kBatch];
+    int count = 0;
+    for (int64_t row = 0; row < rows_; row += kRows) {
+      const Range range = group_range(row, key);
+      if (group_sees(row, key, range)) {
+        rows[count] = row;
+        seen[count++] = range;
+      }
+      if (count == kBatch || (count > 0 && row + kRows >= rows_)) {
+        batch(block, state, key, rows, seen, count);
+        count = 0;
+      }
+    }
+  }
+
+  void batch(const float* block, int state, int64_t key, const int64_t* rows, const Range* seen, int count) {
+    for (int panel = 0; panel < kPanelsPerTile; ++panel) {
+      for (int g = 0; g < count; ++g) part_scores(block, rows[g], seen[g], panel, scratch_.scores[g]);
+    }
+    for (int g = 0; g < count; ++g) {
+      const bool whole = sees_whole(state, rows[g], key);
+      finish_scores(block, state, key, rows[g], seen[g], whole, scratch_.scores[g]);
+      weigh(scratch_.scores[g], rows[g], key);
+    }
+    for (int64_t column = 0; column < layout_.columns; column += kPanel) {
+      for (int g = 0; g < count; ++g) add_values(block + layout_.value_offset, rows[g], seen[g], column);
+    }
   }
 
   // ---- scores -----------------------------------------------------------------------------------
@@ -218,7 +268,7 @@ class QueryTile {
 #pragma GCC unroll 8
         for (int n = 0; n < kVecs; ++n) {
           store(scores + r * kKeys + panel * kPanel + n * kLanes, sum[r][n]);
-          most = max(most, sum[r][n]);
+          if (n > 0) most = max(most, sum[r][n]);
         }
         top[r] = panel == 0 ? most : max(top[r], most);
       }
@@ -243,23 +293,19 @@ class QueryTile {
     }
   }
 
-  // Where the window's edge or hidden keys cross the group: only the vectors that are seen.
-  void part_scores(const float* block, int64_t row, Range seen, float* scores) {
-    const int begin = static_cast<int>(seen.begin / kLanes);
-    const int end = static_cast<int>((seen.end + kLanes - 1) / kLanes);
-    for (int panel = begin / kVecs; panel * kVecs < end; ++panel) {
-      const int from = begin > panel * kVecs ? begin : panel * kVecs;
-      const int to = end < (panel + 1) * kVecs ? end : (panel + 1) * kVecs;
-      const float* queries = scratch_.queries + row * kQueryStride;
-      const float* keys = block + panel * layout_.steps * kPanel + (from % kVecs) * kLanes;
-      switch (to - from) {
-        case 1: panel_scores<1>(queries, keys, scores + from * kLanes); break;
-        case 2: panel_scores<2>(queries, keys, scores + from * kLanes); break;
+  // Scores of a group against those vectors of a panel that it sees.
+  void part_scores(const float* block, int64_t row, Range seen, int panel, float* scores) {
+    const int64_t from = max_of(seen.begin / kLanes, panel * kVecs);
+    const int64_t to = min_of((seen.end + kLanes - 1) / kLanes, (panel + 1) * kVecs);
+    const float* queries = scratch_.queries + row * kQueryStride;
+    const float* keys = block + panel * layout_.steps * kPanel + (from - panel * kVecs) * kLanes;
+    switch (to - from) {
+      case 1: panel_scores<1>(queries, keys, scores + from * kLanes); break;
+      case 2: panel_scores<2>(queries, keys, scores + from * kLanes); break;
 #if TPWEAVE_ISA_LEVEL >= 2
-        case 3: panel_scores<3>(queries, keys, scores + from * kLanes); break;
-        case 4: panel_scores<4>(queries, keys, scores + from * kLanes); break;
+      case 3: panel_scores<3>(queries, keys, scores + from * kLanes); break;
+      case 4: panel_scores<4>(queries, keys, scores + from * kLanes); break;
 #endif
-      }
     }
   }
 
@@ -270,6 +316,14 @@ class QueryTile {
     const int end = static_cast<int>((seen.end + kLanes - 1) / kLanes);
     const bool active = logits_.active();
     VecF top[kRows];
+    if (whole && !active) {
+      for (int r = 0; r < kRows; ++r) {
+        top[r] = load(scores + r * kKeys);
+        for (int n = 1; n < kGroupVecs; ++n) top[r] = max(top[r], load(scores + r * kKeys + n * kLanes));
+      }
+      raise_shifts(row, top);
+      return;
+    }
     for (int r = 0; r < kRows; ++r) {
       const int64_t first = scratch_.begin[row + r] - key;
       const int64_t last = scratch_.end[row + r] - key;
@@ -320,23 +374,39 @@ class QueryTile {
     scratch_.limit[row] = score + slack_;
   }
 
-  // Two vectors of weights of one row.
-  inline __attribute__((always_inline)) void exponential_unit(const float* scores, int64_t row, int unit) {
-    constexpr int kUnitsPerRow = kGroupVecs / 2;
-    const int r = unit / kUnitsPerRow;
-    const int key = unit % kUnitsPerRow * 2 * kLanes;
+  // Two vectors of weights of one row, added to the sums of its lanes.
+  inline __attribute__((always_inline)) void exponential_unit(const float* scores, int64_t row, int r, int key,
+                                                              VecF& sum, VecF& exact_sum) {
     const float* at = scores + r * kKeys + key;
     const VecF shift = set1(scratch_.shift[row + r]);
     const VecF scale = set1(scale_);
     const VecF low = exp2<Format<T>::kDegree>(multiply_subtract(load(at), scale, shift));
     const VecF high = exp2<Format<T>::kDegree>(multiply_subtract(load(at + kLanes), scale, shift));
-    Format<T>::store_weights(scratch_.weights + (row + r) * kKeys + key / Format<T>::kPerWord, low, high,
-                             scratch_.sums + (row + r) * kLanes, scratch_.exact_sums + (row + r) * kLanes);
+    Format<T>::store_weights(scratch_.weights + (row + r) * kKeys + key / Format<T>::kPerWord, low, high, sum,
+                             exact_sum);
+  }
+
+  inline __attribute__((always_inline)) void exponential_unit(const float* scores, int64_t row, int unit) {
+    constexpr int kUnitsPerRow = kGroupVecs / 2;
+    const int r = unit / kUnitsPerRow;
+    float* sums = scratch_.sums + (row + r) * kLanes;
+    float* exact_sums = scratch_.exact_sums + (row + r) * kLanes;
+    VecF sum = load(sums), exact_sum = load(exact_sums);
+    exponential_unit(scores, row, r, unit % kUnitsPerRow * 2 * kLanes, sum, exact_sum);
+    store(sums, sum);
+    if (Format<T>::kRoundsWeights) store(exact_sums, exact_sum);
   }
 
   // Logits of a group become weights; dropout counts them in the sums and drops them from what V is multiplied with.
   __attribute__((noinline)) void weigh(const float* scores, int64_t row, int64_t key) {
-    for (int unit = 0; unit < kUnits; ++unit) exponential_unit(scores, row, unit);
+    for (int r = 0; r < kRows; ++r) {
+      float* sums = scratch_.sums + (row + r) * kLanes;
+      float* exact_sums = scratch_.exact_sums + (row + r) * kLanes;
+      VecF sum = load(sums), exact_sum = load(exact_sums);
+      for (int key = 0; key < kKeys; key += 2 * kLanes) exponential_unit(scores, row, r, key, sum, exact_sum);
+      store(sums, sum);
+      if (Format<T>::kRoundsWeights) store(exact_sums, exact_sum);
+    }
     if (problem_.dropout_p == 0) return;
     for (int64_t r = row; r < min_of(row + kRows, rows_); ++r) {
       uint32_t keep[kKeys];
@@ -347,24 +417,22 @@ class QueryTile {
 
   // ---- values -----------------------------------------------------------------------------------
 
-  // out[rows of the group] += weights * V over the keys seen, in whole words.
-  void add_values(const float* values, int64_t row, Range seen) {
+  // out[rows of the group, columns of a panel] += weights * V over the keys seen, in whole words.
+  void add_values(const float* values, int64_t row, Range seen, int64_t column) {
     constexpr int kPerWord = Format<T>::kPerWord;
     const int64_t begin = seen.begin / kPerWord;
     const int64_t steps = (seen.end + kPerWord - 1) / kPerWord - begin;
     const float* weights = scratch_.weights + row * kKeys + begin;
-    for (int64_t column = 0; column < layout_.columns; column += kPanel) {
-      const int64_t width = min_of(kPanel, layout_.columns - column);
-      const float* panel = values + column * (kKeys / kPerWord) + begin * width;
-      float* out = scratch_.out + column * kQueryRows + row * kPanel;
-      switch (width / kLanes) {
-        case 1: panel_values<1>(weights, panel, steps, out); break;
-        case 2: panel_values<2>(weights, panel, steps, out); break;
+    const int64_t width = min_of(kPanel, layout_.columns - column);
+    const float* panel = values + column * (kKeys / kPerWord) + begin * width;
+    float* out = scratch_.out + column * kQueryRows + row * kPanel;
+    switch (width / kLanes) {
+      case 1: panel_values<1>(weights, panel, steps, out); break;
+      case 2: panel_values<2>(weights, panel, steps, out); break;
 #if TPWEAVE_ISA_LEVEL >= 2
-        case 3: panel_values<3>(weights, panel, steps, out); break;
-        case 4: panel_values<4>(weights, panel, steps, out); break;
+      case 3: panel_values<3>(weights, panel, steps, out); break;
+      case 4: panel_values<4>(weights, panel, steps, out); break;
 #endif
-      }
     }
   }
 

@@ -23,7 +23,7 @@ constexpr bool kOverlap = true;
 #endif
 constexpr int kPanel = kVecs * kLanes;
 constexpr int kKeys = kPanelsPerTile * kPanel;  // 64: scores of a row group stay in L1
-constexpr int kQueryRows = TPWEAVE_ISA_LEVEL == 1 ? 96 : 128;
+constexpr int kQueryRows = TPWEAVE_ISA_LEVEL == 1 ? 132 : 128;
 constexpr float kInfinity = __builtin_inff();
 
 // ---- 2^x ----------------------------------------------------------------------------------------
@@ -217,12 +217,12 @@ struct Format {
 
   TPWEAVE_INLINE VecF flip_sign(VecF words) { return -words; }
 
-  // Writes the weights of 2 kLanes keys and adds what was written to the lanes of `sums`. Where the weights are
-  // rounded, their exact values are added to `exact_sums`.
-  TPWEAVE_INLINE void store_weights(float* words, VecF low, VecF high, float* sums, float*) {
+  // Writes the weights of 2 kLanes keys and adds what was written to `sum`. Where the weights are rounded, their exact
+  // values are added to `exact_sum`.
+  TPWEAVE_INLINE void store_weights(float* words, VecF low, VecF high, VecF& sum, VecF&) {
     store(words, low);
     store(words + kLanes, high);
-    store(sums, load(sums) + (low + high));
+    sum = sum + (low + high);
   }
 
   // Zeroes the weights of a row of kKeys keys whose word of `keep` is 0; the others are all ones.
@@ -264,12 +264,12 @@ struct Format<BFloat16> {
   }
 
   // The output is divided by the sum of the rounded weights, else a peaked softmax loses accuracy.
-  TPWEAVE_INLINE void store_weights(float* words, VecF low, VecF high, float* sums, float* exact_sums) {
+  TPWEAVE_INLINE void store_weights(float* words, VecF low, VecF high, VecF& sum, VecF& exact_sum) {
     const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
     const __m512i ones = _mm512_set1_epi32(0x3f803f80);
     _mm512_storeu_si512(words, reinterpret_cast<__m512i>(rounded));
-    store(sums, _mm512_dpbf16_ps(load(sums), rounded, reinterpret_cast<__m512bh>(ones)));
-    store(exact_sums, load(exact_sums) + (low + high));
+    sum = _mm512_dpbf16_ps(sum, rounded, reinterpret_cast<__m512bh>(ones));
+    exact_sum = exact_sum + (low + high);
   }
 
   TPWEAVE_INLINE void drop_weights(float* words, const uint32_t* keep) {
