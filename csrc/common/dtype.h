@@ -18,6 +18,7 @@ enum class DType : int {
   kUInt8 = 7,
   kBool = 8,
   kInt16 = 9,
+  kFloat8E4M3 = 10,
 };
 
 struct BFloat16 {
@@ -39,7 +40,8 @@ inline size_t dtype_size(DType dtype) {
     case DType::kInt16: return 2;
     case DType::kInt8:
     case DType::kUInt8:
-    case DType::kBool: return 1;
+    case DType::kBool:
+    case DType::kFloat8E4M3: return 1;
   }
   return 0;
 }
@@ -56,6 +58,7 @@ inline const char* dtype_name(DType dtype) {
     case DType::kUInt8: return "uint8";
     case DType::kBool: return "bool";
     case DType::kInt16: return "int16";
+    case DType::kFloat8E4M3: return "float8_e4m3fn";
   }
   return "unknown";
 }

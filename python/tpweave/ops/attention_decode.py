@@ -14,9 +14,9 @@ from typing import Literal, overload
 
 import torch
 
-from tpweave.dispatch import Backend, Inputs, Needs, Op
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import is_plain_call, register_op
-from tpweave.native import _C, data_ptr
+from tpweave.native import _C, DTYPE_CODES, data_ptr, dense_last_dim
 from tpweave.ops.attention import check_options
 from tpweave.reference.ops.attention import AttentionOptions
 from tpweave.reference.ops.attention_decode import CacheOptions, attention_decode_reference
@@ -24,6 +24,8 @@ from tpweave.reference.ops.attention_decode import CacheOptions, attention_decod
 Tensor = torch.Tensor
 
 CODES = (torch.int8, torch.float8_e4m3fn)
+_CACHE_CODES = {**DTYPE_CODES, torch.float8_e4m3fn: 10}  # kFloat8E4M3 of csrc/common/dtype.h
+_MAX_HEAD_DIM = 576  # kMaxDecodeDim of csrc/cpu/ops/attention_decode.h
 
 
 def check_values(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheOptions, options: AttentionOptions) -> None:
@@ -43,6 +45,52 @@ def check_values(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheOption
     )  # fmt: skip
 
 
+def _numbers(x: Tensor | None) -> Tensor | None:
+    """A small fp32 table as the kernels read it."""
+    return x if x is None or x.dtype == torch.float32 else x.float()
+
+
+def attention_decode_cpu(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheOptions, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    q = dense_last_dim(q)
+    batch, queries, heads, depth = q.shape
+    num_entries, keys_per_entry, kv_heads, depth_v = v_cache.shape
+    out = torch.empty(batch, queries, heads, depth_v, dtype=q.dtype)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32)
+    k_new, v_new = cache.k_new, cache.v_new
+    new_keys, k_new_strides, v_new_strides = 0, k_cache.stride()[:3], v_cache.stride()[:3]
+    if k_new is not None and v_new is not None:
+        k_new, v_new, new_keys = dense_last_dim(k_new), dense_last_dim(v_new), k_new.shape[1]
+        k_new_strides, v_new_strides = k_new.stride()[:3], v_new.stride()[:3]
+    cos, sin, positions, half, angle_strides = cache.rotary_cos, cache.rotary_sin, -1, 0, (0, 0)
+    if cos is not None and sin is not None:
+        if cos.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            cos, sin = cos.float(), sin.float()
+        cos, sin = dense_last_dim(cos), dense_last_dim(sin)
+        (positions, half), angle_strides = cos.shape, (cos.stride(0), sin.stride(0))
+    k_scale, v_scale, table = cache.k_scale, cache.v_scale, cache.block_table
+    slopes, sinks = _numbers(options.alibi_slopes), _numbers(options.sinks)
+    slopes, sinks = None if slopes is None else dense_last_dim(slopes), None if sinks is None else sinks.contiguous()
+    left, right = options.window
+    _C.attention_decode(
+        (q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), data_ptr(k_new), data_ptr(v_new), out.data_ptr(),
+         lse.data_ptr(), cache.cache_seqlens.data_ptr(), data_ptr(cache.cache_batch_idx),
+         data_ptr(cache.cache_leftpad), data_ptr(table), data_ptr(cos), data_ptr(sin), data_ptr(k_scale),
+         data_ptr(v_scale), data_ptr(slopes), data_ptr(sinks)),
+        (q.stride()[:3], k_cache.stride()[:3], v_cache.stride()[:3], k_new_strides, v_new_strides),
+        (batch, queries, heads, kv_heads, depth, depth_v, num_entries, keys_per_entry,
+         0 if table is None else table.shape[1], new_keys, half, positions),
+        (*angle_strides, *(k_scale.stride() if k_scale is not None else (0, 0)),
+         *(v_scale.stride() if v_scale is not None else (0, 0)),
+         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0),
+        (left, 0 if options.causal else right, options.chunk, options.causal or left >= 0 or right >= 0),
+        (DTYPE_CODES[q.dtype], _CACHE_CODES[k_cache.dtype], 0 if cos is None else DTYPE_CODES[cos.dtype]),
+        cache.rotary_interleaved, options.softmax_scale, options.softcap, cache.num_splits,
+    )  # fmt: skip
+    return out, lse
+
+
 def attention_decode_with_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheOptions, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
@@ -50,7 +98,15 @@ def attention_decode_with_reference(
     return attention_decode_reference(q, k_cache, v_cache, cache, options)
 
 
+def _takes_head_dims(inputs: Inputs) -> str | None:
+    for tensor in inputs.tensors[1:3]:
+        if tensor.shape[-1] > _MAX_HEAD_DIM:
+            return f"takes head dims up to {_MAX_HEAD_DIM}, not {tensor.shape[-1]}"
+    return None
+
+
 ATTENTION_DECODE = Op("attention_decode", [
+    Backend("cpu", attention_decode_cpu, Needs(device="cpu", dtypes=FLOATS | set(CODES), rules=(_takes_head_dims,))),
     Backend("reference", attention_decode_with_reference, Needs()),
 ])  # fmt: skip
 
