@@ -17,6 +17,7 @@ import sys
 import sysconfig
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
@@ -44,6 +45,16 @@ def compiler() -> str:
         if shutil.which(shlex.split(name)[0]):
             return name
     sys.exit("tpweave: no C++17 compiler found (looked for $CXX, c++, g++, clang++); install one, e.g. package g++.")
+
+
+class Build(build):
+    """Starts from an empty folder: files of an earlier state of the sources would end up in the wheel."""
+
+    def run(self):
+        library = pathlib.Path(self.build_lib).resolve()
+        if library.is_relative_to(ROOT / "build"):
+            shutil.rmtree(library, ignore_errors=True)
+        super().run()
 
 
 class BuildExt(build_ext):
@@ -117,7 +128,7 @@ class BuildExt(build_ext):
 setup(
     version=version(),
     ext_modules=[Extension("tpweave._C", sources=[])],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build": Build, "build_ext": BuildExt},
     package_dir={"tpweave": "python/tpweave", "tpweave.kernels": "kernels", "tpweave.benchmarks": "benchmarks"},
     packages=[
         *("tpweave" + ("." + p if p else "") for p in ["", *find_packages("python/tpweave")]),
