@@ -2,6 +2,7 @@
 #
 #   make demo [ARGS=...]      the demonstration on real models       make wheel    dist/*.whl
 #   make test [ARGS=...]      all tests                              make sdist    dist/*.tar.gz
+#   make test-long            attention on 20,000 cases of a fresh seed, which is printed
 #   make lint                 ruff, clang-format, mypy               make format   rewrite sources in the common style
 #   make bench [ARGS=...]     the microbenchmarks                    make clean    remove builds (not .venv)
 #   make gpu-check DIR=out    checks and measures the GPU rows, with the machine's own Python and torch
@@ -18,7 +19,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 EMULATION := $(wildcard tests/emulation/*.h)
 PYTHON_SOURCES := $(shell find python kernels benchmarks -name '*.py')
 
-.PHONY: demo test test-emulated lint format bench wheel sdist gpu-check clean
+.PHONY: demo test test-long test-emulated lint format bench wheel sdist gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.extra-demo $(VENV)/.built
@@ -34,6 +35,11 @@ test-emulated: $(VENV)/.extra-test $(VENV)/.built
 	  $(MAKE) --no-print-directory build/emulated/.built && \
 	  PYTHONPATH=$(CURDIR)/build/emulated $(VENV)/bin/python -m pytest -q tests/ops tests/comm tests/distributed -k avx512; \
 	else echo "test-emulated: skipped, $$($(VENV)/bin/python .ci/emulation_use.py)"; fi
+
+# TPWEAVE_GRID_SEED=<number> and TPWEAVE_GRID_CASES=<number> run the cases of a known seed again.
+test-long: $(VENV)/.extra-test $(VENV)/.built
+	TPWEAVE_GRID_SEED=$${TPWEAVE_GRID_SEED:-fresh} TPWEAVE_GRID_CASES=$${TPWEAVE_GRID_CASES:-20000} \
+	  $(VENV)/bin/python -m pytest -q --timeout 3600 tests/ops/test_attention_grid.py $(ARGS)
 
 lint: $(VENV)/.extra-lint $(VENV)/.built
 	$(VENV)/bin/ruff check .

@@ -1,9 +1,9 @@
 """Attention cases drawn by a seed from the whole space of shapes, layouts and options, and what each must give.
 
-    assert_case(seed)
+    check_cases(range(2000))  # [] or complaints in words
 
-draws case `seed`, runs it through the row that the table chooses, on one of this machine's instruction sets, and holds
-outputs and gradients against the definition in float64 by the accuracy rule of `tpweave.testing`.
+draws cases by their numbers, runs each through the row that the table chooses, on one of this machine's instruction
+sets, and holds outputs and gradients against the definition in float64 by the accuracy rule of `tpweave.testing`.
 """
 
 import dataclasses
@@ -54,7 +54,9 @@ class Case:
             values = f" {x.tolist()}" if x.dtype == torch.int32 and x.numel() < 20 else ""
             return f"{str(x.dtype)[6:]}{tuple(x.shape)}{values}"
 
-        tensors = ", ".join(f"{n} {shown(x)} strides {x.stride()}" for n, x in zip("qkv", (self.q, self.k, self.v)))
+        tensors = ", ".join(
+            f"{n} {shown(x)} strides {x.stride()}" for n, x in zip("qkv", (self.q, self.k, self.v), strict=True)
+        )
         facts = ", ".join(f"{name}={shown(x)}" for name, x in {**self.options, **self.extra}.items())
         return f"{self.kind} on {self.isa}: {tensors}; {facts}"
 
@@ -148,7 +150,9 @@ def _magnify(draw: Drawer, case: Case) -> None:
     if what == "v" and case.q.dtype == torch.float16 and "dropout_p" in case.options:
         return  # beyond fp16's range
     scale = case.options.get("softmax_scale", case.q.shape[-1] ** -0.5)
-    factors = {"v": (1, 1, 1e4, 1), "q": (1e4, 1, 1, 1e-4), "q and k": (1e4, 1e4, 1, 1e-8), "all small": (1e-4,) * 3 + (1,)}
+    factors = {
+        "v": (1, 1, 1e4, 1), "q": (1e4, 1, 1, 1e-4), "q and k": (1e4, 1e4, 1, 1e-8), "all small": (1e-4, 1e-4, 1e-4, 1),
+    }  # fmt: skip
     by_q, by_k, by_v, by_scale = factors[what]
     case.q, case.k, case.v = case.q * by_q, case.k * by_k, case.v * by_v
     case.options["softmax_scale"] = scale * by_scale
@@ -199,7 +203,7 @@ def _draw_packed(draw, kind, lengths, batch, heads, kv_heads, depth, depth_v, dt
     extra = {"cu_seqlens_q": _offsets(queries, first), "cu_seqlens_k": _offsets(keys, first)}
     extra.update(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
     if kind == "paged":
-        page_size, columns, pages, table = _draw_pages(draw, batch, max(keys, default=0))
+        page_size, pages, table = _draw_pages(draw, batch, max(keys, default=0))
         extra["block_table"] = table
         shapes = [(pages, page_size, kv_heads, d) for d in (depth, depth_v)]
     else:
@@ -215,7 +219,7 @@ def _draw_pages(draw, batch, longest):
     columns = max(1, -(-longest // page_size))
     pages = batch * columns + 2
     table = torch.randperm(pages, generator=draw.generator)[: batch * columns].view(batch, columns)
-    return page_size, columns, pages, table.to(torch.int32)
+    return page_size, pages, table.to(torch.int32)
 
 
 def _draw_decode(draw, kind, lengths, batch, heads, kv_heads, depth, depth_v, dtype) -> Case:
@@ -227,7 +231,7 @@ def _draw_decode(draw, kind, lengths, batch, heads, kv_heads, depth, depth_v, dt
     # Rotary tables turn queries of later positions than the new keys', where there are more of them.
     room = max(keys, default=0) + max(new or 0, queries)
     if draw.chance(0.4):
-        page_size, columns, pages, extra["block_table"] = _draw_pages(draw, batch, room)
+        page_size, pages, extra["block_table"] = _draw_pages(draw, batch, room)
         shapes = [(pages, page_size, kv_heads, d) for d in (depth, depth_v)]
     else:
         entries = batch + draw.one_of(0, 2)
@@ -353,7 +357,11 @@ def _results(case, call, convert, grad_out, grad_lse):
     if not loss.requires_grad:  # no sequences
         return out.detach(), lse.detach(), [torch.zeros_like(x) for x in wanted]
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return out.detach(), lse.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted)]
+    return (
+        out.detach(),
+        lse.detach(),
+        [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)],
+    )
 
 
 # Relative errors that fp32 sums of a head dim's products have.
@@ -464,10 +472,7 @@ def complaints(seed: int) -> list[str]:
     before = _C.active_isa()
     _C.set_active_isa(case.isa)
     try:
-        if case.kind == "decode":
-            found = _check_decode(case)
-        else:
-            found = _check_trained(case, seed % 2 == 0, generator)
+        found = _check_decode(case) if case.kind == "decode" else _check_trained(case, seed % 2 == 0, generator)
     finally:
         _C.set_active_isa(before)
     return [f"case {seed}, {case}\n    {'; '.join(found)}"] if found else []
