@@ -47,8 +47,8 @@ _ROW_BLOCK = 1 << 14
 
 def _multiplies_wide(weight: Tensor) -> bool:
     """Whether products are made in fp32, a block of rows after the other: torch has no fast product of fp16 on a CPU,
-    and of bf16 only where there are instructions for it (64 rows, K 2048, N 4096, one thread of Zen 3: bf16 123 ms, fp32
-    18 ms)."""
+    and of bf16 only where there are instructions for it (64 rows, K 2048, N 4096, one thread of Zen 3: bf16 123 ms,
+    fp32 18 ms)."""
     return weight.is_cpu and (
         weight.dtype == torch.float16 or (weight.dtype == torch.bfloat16 and _C.active_isa() != "avx512bf16")
     )
