@@ -27,12 +27,12 @@ class PeerFailureError(CollectiveError):
     Attributes:
         op: the operation that was waiting, e.g. `"all_reduce"`.
         sequence: how many collectives of this group came before it.
-        ranks: group ranks that died or are late.
+        ranks: group ranks that died or are late; empty where that cannot be known.
         waited: seconds waited.
     """
 
     def __init__(self, op: str, sequence: int, ranks: Sequence[int], waited: float, reason: str) -> None:
-        names = ", ".join(str(rank) for rank in ranks)
+        names = ", ".join(str(rank) for rank in ranks) or "unknown"
         super().__init__(f"{op} (sequence {sequence}): rank(s) {names} {reason} after {waited:.2f} s")
         self.op = op
         self.sequence = sequence

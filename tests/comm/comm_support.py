@@ -11,6 +11,7 @@ import torch.distributed as dist
 import tpweave
 from tpweave.dispatch import OPS, Inputs
 from tpweave.distributed.exchange import flat_bytes
+from tpweave.errors import CollectiveMismatchError
 from tpweave.testing import run_ranks
 
 # (world size, ranks of the group): whole worlds, and a subgroup whose ranks are not the world's.
@@ -93,6 +94,20 @@ def _run_checks(rank, world_size, stem, checks, rows, members):
     # A rank that leaves early would break connections that others are still making.
     dist.barrier()
     return outcomes
+
+
+def assert_ranks_disagree(group, *calls):
+    """Assert that each `call(group)` raises the mismatch, the later ones on the group that replaces a failed one.
+
+    Returns the messages.
+    """
+    messages = []
+    for call in calls:
+        group = tpweave.init(group)
+        with pytest.raises(CollectiveMismatchError) as caught:
+            call(group)
+        messages.append(str(caught.value))
+    return messages
 
 
 def same_bits_on_all_ranks(group, tensors):

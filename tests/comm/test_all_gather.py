@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from comm_support import ALL_WORLDS, NUMBERS, assert_check, cases, numbers, same_bits_on_all_ranks
+from comm_support import (
+    ALL_WORLDS,
+    NUMBERS,
+    assert_check,
+    assert_ranks_disagree,
+    cases,
+    numbers,
+    same_bits_on_all_ranks,
+)
 
 import tpweave
 from tpweave.comm.all_gather import ALL_GATHER
-from tpweave.errors import CollectiveMismatchError
 
 DTYPES = [*NUMBERS, torch.bool, torch.complex64]
 # Shapes with the gathered dim as -1, that dim, and each rank's length there.
@@ -73,12 +80,13 @@ def opcheck_and_compile(group, backend):
 
 def ranks_disagree(group, backend):
     # Without splits all shards must be equal; with them, all ranks must name the same.
-    with pytest.raises(CollectiveMismatchError):
-        tpweave.all_gather(torch.ones(4 + group.rank, 2), 0, group, backend=backend)
-    group = tpweave.init(group)
-    splits = [4] * group.size if group.rank == 0 else [4, *[5] * (group.size - 1)]
-    with pytest.raises(CollectiveMismatchError):
-        tpweave.all_gather(torch.ones(splits[group.rank], 2), 0, group, splits=splits, backend=backend)
+    rank = group.rank
+    splits = [4] * group.size if rank == 0 else [4, *[5] * (group.size - 1)]
+    assert_ranks_disagree(
+        group,
+        lambda group: tpweave.all_gather(torch.ones(4 + rank, 2), 0, group, backend=backend),
+        lambda group: tpweave.all_gather(torch.ones(splits[rank], 2), 0, group, splits=splits, backend=backend),
+    )
 
 
 CHECKS = {

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from comm_support import ALL_WORLDS, FLOATS, NUMBERS, assert_check, cases, numbers
+from comm_support import ALL_WORLDS, FLOATS, NUMBERS, assert_check, assert_ranks_disagree, cases, numbers
 
 import tpweave
 from tpweave.comm.reduce_scatter import REDUCE_SCATTER
-from tpweave.errors import CollectiveMismatchError
 from tpweave.testing import assert_accurate
 
 CASES = [((12,), 0), ((7, 3), 0), ((4, 13), 1), ((2, 9, 5), -2), ((0, 5), 1), ((6, 2), 1), ((33, 50, 17), 1)]
@@ -84,12 +83,13 @@ def opcheck_and_compile(group, backend):
 
 
 def ranks_disagree(group, backend):
-    with pytest.raises(CollectiveMismatchError):
-        tpweave.reduce_scatter(torch.ones(8, 4 + group.rank), 0, group, backend=backend)
-    group = tpweave.init(group)
-    reduce_op = "sum" if group.rank == 0 else "avg"
-    with pytest.raises(CollectiveMismatchError):
-        tpweave.reduce_scatter(torch.ones(8, 4), 0, group, reduce_op=reduce_op, backend=backend)
+    rank = group.rank
+    reduce_op = "sum" if rank == 0 else "avg"
+    assert_ranks_disagree(
+        group,
+        lambda group: tpweave.reduce_scatter(torch.ones(8, 4 + rank), 0, group, backend=backend),
+        lambda group: tpweave.reduce_scatter(torch.ones(8, 4), 0, group, reduce_op=reduce_op, backend=backend),
+    )
 
 
 CHECKS = {

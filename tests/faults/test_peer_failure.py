@@ -197,3 +197,48 @@ def dies_with_a_child(rank, world_size):
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the system has no pidfd")
 def test_a_dead_rank_is_seen_though_its_child_lives():
     run_ranks(2, dies_with_a_child, may_die=(1,))
+
+
+def survive_on_pg(rank, world_size, victim, signal_number, timeout):
+    os.environ["TPWEAVE_TRANSPORT"] = "pg"
+    group = tpweave.init(timeout=timeout)
+    assert group.transport == "pg"
+    x = torch.ones(1000)
+    assert torch.equal(tpweave.all_reduce(x, group), x * world_size)
+    if rank == victim:
+        os.kill(os.getpid(), signal_number)
+    began = time.monotonic()
+    with pytest.raises(PeerFailureError) as caught:
+        tpweave.all_reduce(x, group)
+    waited = time.monotonic() - began
+    assert caught.value.ranks == (victim,) and caught.value.op == "all_reduce", str(caught.value)
+    assert group.poisoned
+    with pytest.raises(GroupPoisonedError, match=rf"failed earlier, in all_reduce \(sequence 1\): rank\(s\) {victim} "):
+        tpweave.all_gather(x, 0, group)
+    fewer = tpweave.init(
+        dist.new_group([peer for peer in range(world_size) if peer != victim], use_local_synchronization=True)
+    )
+    assert torch.equal(tpweave.all_reduce(x, fewer), x * (world_size - 1))
+    return waited
+
+
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 1), (4, 2), (4, 0)])
+def test_a_killed_rank_is_named_over_torch_distributed(world_size, victim):
+    results = run_ranks(world_size, survive_on_pg, victim, signal.SIGKILL, 60.0, may_die=(victim,))
+    assert max(waited for waited in results if waited is not None) < 5.0
+
+
+def stopped_on_pg(rank, world_size, victim):
+    group_pids = tpweave.init().all_gather_object(os.getpid())
+    tpweave.init().destroy()
+    try:
+        return survive_on_pg(rank, world_size, victim, signal.SIGSTOP, 2.0)
+    finally:
+        if rank == (victim + 1) % world_size:
+            os.kill(group_pids[victim], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("world_size", "victim"), [(3, 1)])
+def test_a_stopped_rank_is_named_over_torch_distributed(world_size, victim):
+    results = run_ranks(world_size, stopped_on_pg, victim, may_die=(victim,))
+    assert max(waited for waited in results if waited is not None) < 8.0

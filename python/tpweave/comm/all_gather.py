@@ -13,11 +13,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from tpweave.comm.call import check_tensor, direct, local_objection, pg_objection
 from tpweave.dispatch import Backend, Inputs, Needs, Op
-from tpweave.distributed.exchange import agree, describe, exchange_all, flat_bytes
+from tpweave.distributed.exchange import agree, describe, exchange_all, flat_bytes, gather_into
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, check_splits
 from tpweave.library import register_op
@@ -52,7 +51,7 @@ def all_gather_pg(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]) ->
     if prod(x.shape[:dim]) == 1 and len(set(splits)) == 1 and x.numel() > 0:
         # Equal shards of the leading dimension arrive in their place.
         out = x.new_empty(full)
-        dist.all_gather(list(flat_bytes(out).view(group.size, -1)), flat_bytes(x), group=group.process_group)
+        gather_into(list(flat_bytes(out).view(group.size, -1)), flat_bytes(x), group)
         return out
     pieces = exchange_all(x, group, [prod(shape) for shape in shapes])
     return torch.cat([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)], dim)

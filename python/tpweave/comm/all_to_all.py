@@ -17,7 +17,7 @@ from tpweave.comm.call import check_tensor, direct, local_objection, pg_objectio
 from tpweave.dispatch import Backend, Inputs, Needs, Op
 from tpweave.distributed.exchange import exchange_pieces
 from tpweave.distributed.group import TPGroup, resolve_group
-from tpweave.distributed.splits import check_dim, check_splits, even_splits
+from tpweave.distributed.splits import check_dim, check_splits, splits_or_even
 from tpweave.library import register_op
 from tpweave.native import new_output
 from tpweave.reference.comm.all_to_all import agree_on_pieces, all_to_all_reference
@@ -122,10 +122,7 @@ def all_to_all(
     check_tensor("all_to_all", x)
     dim = check_dim("all_to_all", dim, x.dim())
     found = resolve_group(group)
-    if in_splits is None:
-        in_splits = even_splits(x.shape[dim], found.size)
-    else:
-        in_splits = check_splits("all_to_all", "in_splits", in_splits, found.size, x.shape[dim])
+    in_splits = splits_or_even("all_to_all", "in_splits", in_splits, found.size, x.shape[dim])
     if out_splits is None:
         out_splits = [in_splits[found.rank]] * found.size
     else:

@@ -20,7 +20,7 @@ from tpweave.comm.call import SUM_CODES, check_tensor, direct, local_objection, 
 from tpweave.dispatch import Backend, Inputs, Needs, Op
 from tpweave.distributed.exchange import agree, describe, exchange_pieces
 from tpweave.distributed.group import TPGroup, resolve_group
-from tpweave.distributed.splits import check_dim, check_splits, even_splits
+from tpweave.distributed.splits import check_dim, splits_or_even
 from tpweave.library import register_op
 from tpweave.native import new_output
 from tpweave.reference.comm.all_reduce import sum_in_rank_order
@@ -131,11 +131,7 @@ def reduce_scatter(
     if x.dtype == torch.bool or (reduce_op == "avg" and not x.is_floating_point()):
         raise ValueError(f"reduce_scatter with reduce_op={reduce_op!r} does not take {x.dtype}")
     found = resolve_group(group)
-    length = x.shape[dim]
-    if splits is None:
-        splits = even_splits(length, found.size)
-    else:
-        splits = check_splits("reduce_scatter", "splits", splits, found.size, length)
+    splits = splits_or_even("reduce_scatter", "splits", splits, found.size, x.shape[dim])
     if x.dtype in SUM_CODES and direct("reduce_scatter", x, found, backend) is not None:
         return reduce_scatter_shm(x, dim, found, splits, reduce_op == "avg")
     return reduce_scatter_op(x, dim, found.name, splits, reduce_op == "avg", backend)

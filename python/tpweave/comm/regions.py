@@ -23,7 +23,7 @@ import torch
 from tpweave.comm.all_gather import all_gather
 from tpweave.comm.all_reduce import all_reduce
 from tpweave.distributed.group import GroupLike, TPGroup, resolve_group
-from tpweave.distributed.splits import check_dim, check_splits, even_splits
+from tpweave.distributed.splits import check_dim, splits_or_even
 
 Tensor = torch.Tensor
 
@@ -119,8 +119,5 @@ def scatter_to_ranks(x: Tensor, dim: int, group: GroupLike = None, *, splits: Se
         splits: each rank's length along `dim`; None for nearly equal lengths, the longer ones first.
     """
     found, dim = resolve_group(group), check_dim("scatter_to_ranks", dim, x.dim())
-    if splits is None:
-        sizes = even_splits(x.shape[dim], found.size)
-    else:
-        sizes = check_splits("scatter_to_ranks", "splits", splits, found.size, x.shape[dim])
+    sizes = splits_or_even("scatter_to_ranks", "splits", splits, found.size, x.shape[dim])
     return ScatterToRanks.apply(x, dim, found, sizes)

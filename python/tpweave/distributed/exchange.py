@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions
 
+from tpweave.distributed.supervision import carry
 from tpweave.errors import CollectiveMismatchError
 
 if TYPE_CHECKING:
@@ -47,7 +50,8 @@ def agree(group: TPGroup, device: torch.device, facts: str, private: Sequence[in
     header[_TEXT_BYTES:].view(torch.int64)[: len(private)] = torch.tensor(private, dtype=torch.int64)
     header = header.to(carrier_device(group, device))
     headers = header.new_empty(group.size, header.numel())
-    dist.all_gather(list(headers), header, group=group.process_group)
+    group.calling, group.calls = facts.partition(" ")[0], group.calls + 1
+    gather_into(list(headers), header, group)
     rows = headers.cpu()
     texts = [bytes(row[:_TEXT_BYTES].tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
     if len(set(texts)) > 1:
@@ -67,6 +71,18 @@ def flat_bytes(x: torch.Tensor) -> torch.Tensor:
     return x.detach().contiguous().view(-1).view(torch.uint8)
 
 
+def gather_into(received: list[torch.Tensor], x: torch.Tensor, group: TPGroup) -> None:
+    """Every rank's x, as long on all ranks, into `received`, by rank."""
+    process_group: Any = group.process_group
+    options = AllgatherOptions()
+
+    def start(timeout: timedelta) -> Any:
+        options.timeout = timeout
+        return process_group.allgather([received], [x], options)
+
+    carry(group, start)
+
+
 def exchange_all(x: torch.Tensor, group: TPGroup, numels: Sequence[int]) -> list[torch.Tensor]:
     """Every rank's flat tensor, on x's device; rank r sends `numels[r]` elements of any dtype.
 
@@ -79,7 +95,7 @@ def exchange_all(x: torch.Tensor, group: TPGroup, numels: Sequence[int]) -> list
     sent = torch.zeros(longest, dtype=torch.uint8, device=carrier)
     sent[: x.numel() * x.element_size()] = flat_bytes(x)
     received = sent.new_empty(group.size, longest)
-    dist.all_gather(list(received), sent, group=group.process_group)
+    gather_into(list(received), sent, group)
     pieces = received.to(x.device)
     return [piece[: n * x.element_size()].view(x.dtype) for piece, n in zip(pieces, numels, strict=True)]
 
@@ -92,7 +108,13 @@ def exchange_pieces(
     carrier = carrier_device(group, x.device)
     received = torch.empty(sum(out_numels) * size, dtype=torch.uint8, device=carrier)
     sent = flat_bytes(x).to(carrier)
-    dist.all_to_all_single(
-        received, sent, [n * size for n in out_numels], [n * size for n in in_numels], group=group.process_group
-    )
+    process_group: Any = group.process_group
+    options = AllToAllOptions()
+
+    def start(timeout: timedelta) -> Any:
+        options.timeout = timeout
+        out_sizes, in_sizes = [n * size for n in out_numels], [n * size for n in in_numels]
+        return process_group.alltoall_base(received, sent, out_sizes, in_sizes, options)
+
+    carry(group, start)
     return list(received.to(x.device).view(x.dtype).split(list(out_numels)))

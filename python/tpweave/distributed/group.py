@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import weakref
 from typing import Any, Union
 
 import torch.distributed as dist
@@ -43,6 +44,8 @@ class TPGroup:
         transport: "shm", "pg" or "none", the same on all ranks.
         transport_reason: why it is not "shm", in words; None when it is.
         shm: the native communicator of the "shm" transport, else None.
+        failure: why no more collective runs over torch.distributed, in words; None while all is well.
+        calling, calls: the last op that went over torch.distributed, and how many there have been.
         symmetric_buffers: by channel; `tpweave.distributed.symmetric_memory.symmetric_buffer` fills it.
     """
 
@@ -64,12 +67,15 @@ class TPGroup:
         _generations[base] = generation + 1
         self.name = f"tp:{base}:{generation}"
         self.destroyed = False
+        self.failure: str | None = None
+        self.calling, self.calls = "nothing", 0
         self.symmetric_buffers: dict[str, SymmetricBuffer] = {}
         self.shm: Any = None
         self.transport_reason: str | None = "the group has one rank"
         if self.size > 1:
             self.shm, self.transport_reason = join(self)
         self.transport = "none" if self.size == 1 else "pg" if self.shm is None else "shm"
+        _groups.add(self)
         TPGroup._by_name[self.name] = self
         TPGroup._by_process_group[process_group] = self
 
@@ -106,7 +112,7 @@ class TPGroup:
     @property
     def poisoned(self) -> bool:
         """Whether an earlier failure made the group unusable; `tpweave.init` builds a new one."""
-        return self.shm is not None and self.shm.poisoned
+        return self.failure is not None or (self.shm is not None and self.shm.poisoned)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value` in rank order, over torch.distributed: for agreeing on facts, not for speed."""
@@ -134,15 +140,17 @@ class TPGroup:
 
 
 _generations: dict[str, int] = {}
+_groups: weakref.WeakSet[TPGroup] = weakref.WeakSet()
 
 
 @atexit.register
 def _release_groups() -> None:
     """Let go of every process group while the interpreter stands.
 
-    One that lives on into the destruction of static objects aborts the process: gloo's threads are gone by then.
+    One that lives on into the destruction of static objects aborts the process: gloo's threads are gone by then. So
+    groups that were destroyed, but that somebody still holds, are let go of too.
     """
-    for group in list(TPGroup._by_name.values()):
+    for group in list(_groups):
         group.destroy()
         group.process_group = None
 

@@ -39,3 +39,8 @@ def check_splits(op: str, name: str, splits: Sequence[int], parts: int, length: 
     if length is not None and sum(sizes) != length:
         raise ValueError(f"{op}: {name} {sizes} adds up to {sum(sizes)}, the tensor has {length} along that dimension")
     return sizes
+
+
+def splits_or_even(op: str, name: str, splits: Sequence[int] | None, parts: int, length: int) -> list[int]:
+    """`splits` checked against `length`, or `even_splits` of it where none are given."""
+    return even_splits(length, parts) if splits is None else check_splits(op, name, splits, parts, length)
