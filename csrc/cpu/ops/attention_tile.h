@@ -171,6 +171,7 @@ class QueryTile {
 
   void overlapped_groups(const float* block, int state, int64_t key) {
     int64_t pending = -1;  // the row whose group waits for its exponentials
+    Range pending_seen = {0, 0};
     float* scores = scratch_.scores[0];
     float* pending_scores = scratch_.scores[1];
     for (int64_t row = 0; row < rows_; row += kRows) {
@@ -179,7 +180,7 @@ class QueryTile {
       if (!scratch_.live[row / kRows]) continue;
       const bool whole = sees_whole(state, row, key);
       const bool overlap = whole && pending >= 0 && problem_.dropout_p == 0;
-      if (pending >= 0 && !overlap) weigh(pending_scores, pending, key);
+      if (pending >= 0 && !overlap) weigh(pending_scores, pending, key, pending_seen);
       if (overlap) {
         whole_scores<true>(block, row, scores, pending_scores, pending);
       } else if (whole) {
@@ -189,11 +190,12 @@ class QueryTile {
       }
       if (!whole || logits_.active()) finish_scores(block, state, key, row, seen, whole, scores);
       pending = row;
+      pending_seen = seen;
       float* other = pending_scores;
       pending_scores = scores;
       scores = other;
     }
-    if (pending >= 0) weigh(pending_scores, pending, key);
+    if (pending >= 0) weigh(pending_scores, pending, key, pending_seen);
     for (int64_t row = 0; row < rows_; row += kRows) {
       if (!scratch_.live[row / kRows]) continue;
       for (int64_t column = 0; column < layout_.columns; column += kPanel) {
@@ -226,7 +228,7 @@ class QueryTile {
     for (int g = 0; g < count; ++g) {
       const bool whole = sees_whole(state, rows[g], key);
       finish_scores(block, state, key, rows[g], seen[g], whole, scratch_.scores[g]);
-      weigh(scratch_.scores[g], rows[g], key);
+      weigh(scratch_.scores[g], rows[g], key, seen[g]);
     }
     for (int64_t column = 0; column < layout_.columns; column += kPanel) {
       for (int g = 0; g < count; ++g) add_values(block + layout_.value_offset, rows[g], seen[g], column);
@@ -398,12 +400,14 @@ class QueryTile {
   }
 
   // Logits of a group become weights; dropout counts them in the sums and drops them from what V is multiplied with.
-  __attribute__((noinline)) void weigh(const float* scores, int64_t row, int64_t key) {
+  __attribute__((noinline)) void weigh(const float* scores, int64_t row, int64_t key, Range seen) {
+    const int first = static_cast<int>(seen.begin / (2 * kLanes)) * 2 * kLanes;
+    const int end = static_cast<int>(seen.end);
     for (int r = 0; r < kRows; ++r) {
       float* sums = scratch_.sums + (row + r) * kLanes;
       float* exact_sums = scratch_.exact_sums + (row + r) * kLanes;
       VecF sum = load(sums), exact_sum = load(exact_sums);
-      for (int key = 0; key < kKeys; key += 2 * kLanes) exponential_unit(scores, row, r, key, sum, exact_sum);
+      for (int unit = first; unit < end; unit += 2 * kLanes) exponential_unit(scores, row, r, unit, sum, exact_sum);
       store(sums, sum);
       if (Format<T>::kRoundsWeights) store(exact_sums, exact_sum);
     }

@@ -221,17 +221,16 @@ def dropout_seed(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, *, dims: str, key_dims: str | None = None) -> None:
     """Raise ValueError where q, k and v are not of one dtype and device, or their heads and head dims do not fit."""
-    key_dims = dims if key_dims is None else key_dims
-    for name, x, wanted in (("q", q, dims), ("k", k, key_dims), ("v", v, key_dims)):
-        shape = tuple(x.shape)
-        if x.dim() != len(wanted.split(",")):
-            raise ValueError(f"{op}: {name} has shape {shape}, it needs {len(wanted.split(','))} dims [{wanted}]")
+    for name, x, wanted in (("q", q, dims), ("k", k, key_dims or dims), ("v", v, key_dims or dims)):
+        num_dims = wanted.count(",") + 1
+        if x.dim() != num_dims:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, it needs {num_dims} dims [{wanted}]")
         if not x.is_floating_point() or x.dtype != q.dtype:
             raise ValueError(f"{op}: {name} is {x.dtype}, q is {q.dtype}; all need one floating-point dtype")
         if x.device != q.device:
             raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}")
-        if shape[-1] == 0:
-            raise ValueError(f"{op}: {name} has shape {shape}; the head dim must be at least 1")
+        if x.shape[-1] == 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; the head dim must be at least 1")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{op}: q is {tuple(q.shape)}, k is {tuple(k.shape)}; head dim {q.shape[-1]} must match")
     if v.shape[:-1] != k.shape[:-1]:

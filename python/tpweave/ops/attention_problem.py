@@ -29,6 +29,10 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()
+
+
 def _broadcast_strides(x: Tensor | None) -> tuple[int, int, int, int]:
     """Strides of a 4-dim tensor that is expanded: 0 where its size is 1."""
     if x is None:
@@ -49,10 +53,7 @@ def native_problem(
     lengths from `seqused_k` [B] or `cu_seqlens_k`. All of these int32.
     """
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    cu_q, cu_k, used = (
-        None if x is None else x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    )
-    table = None if block_table is None else dense_rows(block_table.to(torch.int32))
+    cu_q, cu_k, used, table = _int32(cu_seqlens_q), _int32(cu_seqlens_k), _int32(seqused_k), _int32(block_table)
     slopes = None if options.alibi_slopes is None else dense_rows(options.alibi_slopes.float())
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     bias, mask, seed = options.bias, options.mask, options.seed
@@ -66,9 +67,10 @@ def native_problem(
         batch, queries, keys = cu_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
         total_queries, heads, depth = q.shape
         q_strides = (0, *q.stride()[:2])
-    k_strides, v_strides = ((0,) * (4 - x.dim()) + x.stride()[:-1] for x in (k, v))
+    no_batch = (0,) * (4 - k.dim())
     integers = (
-        DTYPE_CODES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), *q_strides, *k_strides, *v_strides,
+        DTYPE_CODES[q.dtype], q.data_ptr(), k.data_ptr(), v.data_ptr(), *q_strides,
+        *no_batch, *k.stride()[:-1], *no_batch, *v.stride()[:-1],
         batch, queries, keys, heads, k.shape[-2], depth, v.shape[-1], total_queries, k.shape[0],
         data_ptr(cu_q), data_ptr(cu_k), data_ptr(used), data_ptr(table), 0 if table is None else table.stride(0),
         0 if table is None else table.shape[1], 0 if table is None else k.shape[1],
