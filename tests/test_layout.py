@@ -13,6 +13,7 @@ import pytest
 
 import tpweave
 from tpweave.dispatch import OPS
+from tpweave.library import LIBRARY
 
 ROOT = pathlib.Path(__file__).parent.parent
 AREAS = ("ops", "comm")
@@ -92,6 +93,16 @@ def test_every_table_ends_in_a_row_without_needs():
     import_everything()
     for op in OPS.values():
         assert op.backends[-1].name == "reference", op.name
+
+
+def test_every_registered_op_passes_opcheck_somewhere():
+    """Backward ops are checked through the op whose gradient they give."""
+    import_everything()
+    checked = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        checked |= set(re.findall(r"opcheck\(\s*torch\.ops\.tpweave\.(\w+)\.default", path.read_text()))
+    registered = {name.removeprefix("tpweave::") for name in LIBRARY._op_defs}
+    assert {name for name in registered if not name.endswith("_bwd")} - checked == set()
 
 
 def test_files_are_short():

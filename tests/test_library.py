@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpweave
 from tpweave.library import is_plain_call
@@ -110,3 +111,60 @@ def test_meta_tensors_go_through_the_library():
     op = importlib.import_module("tpweave.ops.rms_norm")._rms_norm_op
     y, _, rstd = op(torch.empty(4, 8, device="meta"), None, 1e-6, None, None)
     assert (y.shape, rstd.shape, y.device.type) == ((4, 8), (1, 4), "meta")
+
+
+class Seen(TorchDispatchMode):
+    """The ops of tpweave that run under it, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tpweave":
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+def attend(**options):
+    q, k, v = (torch.randn(2, 5, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    return tpweave.attention(q, k, v, causal=True, return_lse=True, **options)
+
+
+def attend_packed(**options):
+    q, k, v = (torch.randn(7, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    return tpweave.attention_varlen(q, k, v, cu, cu, 4, 4, causal=True, return_lse=True, **options)
+
+
+def trained_options():
+    return {"bias": torch.randn(1, 4, 1, 1, requires_grad=True), "sinks": torch.randn(4, requires_grad=True)}
+
+
+def of_rows(*others):
+    return torch.randn(3, 8, requires_grad=True), *(torch.randn(n, requires_grad=True) for n in others)
+
+
+BACKWARDS = {
+    "rms_norm": lambda: tpweave.rms_norm(*of_rows(8), residual=torch.randn(3, 8)),
+    "rms_norm without weight": lambda: tpweave.rms_norm(*of_rows(), None),
+    "layer_norm": lambda: tpweave.layer_norm(*of_rows(8, 8)),
+    "layer_norm without parameters": lambda: tpweave.layer_norm(*of_rows(), None, None),
+    "gated_activation": lambda: tpweave.gated_activation(*of_rows(), torch.randn(3, 8, requires_grad=True)),
+    "attention": attend,
+    "attention with options": lambda: attend(**trained_options(), softcap=3.0, dropout_p=0.3, seed=1),
+    "attention_varlen": attend_packed,
+    "attention_varlen with options": lambda: attend_packed(**trained_options(), dropout_p=0.3, seed=1),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_backward_ops_pass_opcheck(name):
+    with Seen() as seen:
+        outs = BACKWARDS[name]()
+        outs = [outs] if isinstance(outs, torch.Tensor) else outs
+        sum(out.square().sum() for out in outs).backward()
+    backwards = [op for op in seen.calls if op._schema.name.endswith("_bwd")]
+    assert [op._schema.name for op in backwards] == [f"tpweave::{name.split()[0]}_bwd"]
+    for op in backwards:
+        torch.library.opcheck(op, [x.detach() if isinstance(x, torch.Tensor) else x for x in seen.calls[op]])
