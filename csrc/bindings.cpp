@@ -27,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("environment_has", [](const char* name) { return std::getenv(name) != nullptr; });
 
   register_attention(m);
+  register_attention_bwd(m);
   register_attention_decode(m);
   register_gated_activation(m);
   register_matmul_all_reduce(m);

@@ -8,6 +8,7 @@ class module_;
 namespace tpweave {
 
 void register_attention(pybind11::module_& m);
+void register_attention_bwd(pybind11::module_& m);
 void register_attention_decode(pybind11::module_& m);
 void register_gated_activation(pybind11::module_& m);
 void register_matmul_all_reduce(pybind11::module_& m);

@@ -55,26 +55,29 @@ struct Dropout {
     threshold = words < 4294967295.0 ? static_cast<uint32_t>(words) : 4294967295u;
   }
 
+  // Replaces the counters in each lane by the words drawn from them.
+  inline __attribute__((always_inline)) void draw(VecU (&words)[4]) const {
+    uint32_t k0 = key0, k1 = key1;
+    for (int round = 0; round < 10; ++round) {
+      const HighLow a = multiply_wide(words[0], 0xd2511f53u);
+      const HighLow b = multiply_wide(words[2], 0xcd9e8d57u);
+      words[0] = b.high ^ words[1] ^ k0;
+      words[1] = b.low;
+      words[2] = a.high ^ words[3] ^ k1;
+      words[3] = a.low;
+      k0 += 0x9e3779b9u;
+      k1 += 0xbb67ae85u;
+    }
+  }
+
   // keep[j] is all ones where the weight of key 64 * block + j is kept, else 0.
   void keep(int64_t block, int64_t query, int64_t head, int64_t batch, uint32_t (&keep)[kDropoutKeys]) const {
     for (int first = 0; first < 16; first += kLanes) {
-      VecU c0;
-      for (int i = 0; i < kLanes; ++i) c0[i] = static_cast<uint32_t>(block * 16 + first + i);
-      VecU c1 = VecU{} + static_cast<uint32_t>(query);
-      VecU c2 = VecU{} + (static_cast<uint32_t>(head) + head_offset);
-      VecU c3 = VecU{} + static_cast<uint32_t>(batch);
-      uint32_t k0 = key0, k1 = key1;
-      for (int round = 0; round < 10; ++round) {
-        const HighLow a = multiply_wide(c0, 0xd2511f53u);
-        const HighLow b = multiply_wide(c2, 0xcd9e8d57u);
-        c0 = b.high ^ c1 ^ k0;
-        c1 = b.low;
-        c2 = a.high ^ c3 ^ k1;
-        c3 = a.low;
-        k0 += 0x9e3779b9u;
-        k1 += 0xbb67ae85u;
-      }
-      const VecU words[4] = {c0, c1, c2, c3};
+      VecU columns = {};
+      for (int i = 0; i < kLanes; ++i) columns[i] = static_cast<uint32_t>(block * 16 + first + i);
+      VecU words[4] = {columns, VecU{} + static_cast<uint32_t>(query),
+                       VecU{} + (static_cast<uint32_t>(head) + head_offset), VecU{} + static_cast<uint32_t>(batch)};
+      draw(words);
       for (int i = 0; i < 4; ++i) {
         const VecU mask = (VecU)(words[i] >= threshold);
         __builtin_memcpy(keep + 16 * i + first, &mask, sizeof(mask));

@@ -20,7 +20,7 @@ import torch
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
 from tpweave.native import _C
-from tpweave.ops.attention_problem import native_problem
+from tpweave.ops.attention_problem import native_backward, native_problem
 from tpweave.reference.ops.attention import AttentionOptions, attention_backward_reference, attention_reference
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 _MAX_HEAD_DIM = 512  # kMaxHeadDim in csrc/cpu/ops/attention.h
+_MAX_BACKWARD_HEAD_DIM = 256  # kMaxBackwardHeadDim in csrc/cpu/ops/attention_bwd.h
 
 
 def attention_fwd_cpu(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -75,12 +76,25 @@ def _triton_head_dim_fits(inputs: Inputs) -> str | None:
 
 
 TRITON_NEEDS = Needs(device="cuda", dtypes=FLOATS, module="triton", rules=(_triton_head_dim_fits,))
+
+
+def backward_head_dim_fits(inputs: Inputs) -> str | None:
+    """A rule: the native backward takes these head dims; the tensors are dout, q, k, v."""
+    for tensor in inputs.tensors[1:4]:
+        if tensor.shape[-1] > _MAX_BACKWARD_HEAD_DIM:
+            return f"takes head dims up to {_MAX_BACKWARD_HEAD_DIM}, not {tensor.shape[-1]}"
+    return None
+
+
 ATTENTION = Op("attention", [
     Backend("cpu", attention_fwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(head_dim_fits,))),
     Backend("triton", attention_fwd_triton, TRITON_NEEDS),
     Backend("reference", attention_fwd_reference, Needs()),
 ])  # fmt: skip
+# Rows take (dout, dlse, q, k, v, out, lse, AttentionOptions) and return dq, dk, dv, dbias, dsinks. A bias that requires
+# no gradient needs none.
 ATTENTION_BWD = Op("attention_bwd", [
+    Backend("cpu", native_backward, Needs(device="cpu", dtypes=FLOATS, rules=(backward_head_dim_fits,))),
     Backend("triton", attention_bwd_triton, TRITON_NEEDS),
     Backend("reference", attention_backward_reference, Needs()),
 ])  # fmt: skip
@@ -133,6 +147,7 @@ def _backward(ctx, dout, dlse):
 
 def _bwd_impl(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sinks, seed, *settings_and_needs):
     *settings, need_dbias, need_dsinks, backend = settings_and_needs
+    bias = None if bias is None else bias.detach().requires_grad_(need_dbias)
     options = _options(mask, bias, alibi_slopes, sinks, seed, *settings)
     row = ATTENTION_BWD.choose(Inputs((dout, q, k, v), **options._asdict()), ATTENTION_BWD.named(backend))
     dq, dk, dv, dbias, dsinks = row.run(dout, dlse, q, k, v, out, lse, options)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tpweave.native import DTYPE_CODES, data_ptr
+from tpweave.native import _C, DTYPE_CODES, data_ptr
 from tpweave.reference.ops.attention import AttentionOptions
 
 Tensor = torch.Tensor
@@ -84,3 +84,42 @@ def native_problem(
         integers, (options.softmax_scale, options.softcap, options.dropout_p),
         (q, k, v, cu_q, cu_k, used, table, slopes, sinks, bias, mask),
     )  # fmt: skip
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+
+def native_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    options: AttentionOptions, *, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
+) -> Gradients:  # fmt: skip
+    """dq, dk, dv, dbias and dsinks from what the forward returned; tensors as in `native_problem`, without pages.
+
+    dbias is None unless `options.bias` requires a gradient, dsinks where there are no sinks.
+    """
+    problem = native_problem(
+        q, k, v, options, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    dout, out, lse = dense_rows(dout), out.contiguous(), lse.contiguous()
+    dlse = None if dlse is None else dlse.float().contiguous()
+    # What belongs to no sequence is not written, nor what no query meets.
+    allocate = torch.zeros if cu_seqlens_q is not None or q.shape[1] == 0 else torch.empty
+    dq, dk, dv = (allocate(x.shape, dtype=x.dtype) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    bias, sinks = options.bias, options.sinks
+    dbias = None
+    if bias is not None and bias.requires_grad:
+        # One number for all queries and keys would be added to by tiles in no fixed order.
+        queries = max_seqlen_q if cu_seqlens_q is not None else q.shape[1]
+        dbias = torch.zeros(*bias.shape[:2], queries if bias.shape[3] == 1 else bias.shape[2], bias.shape[3])
+    dsinks = None if sinks is None else torch.empty(sinks.shape)
+    _C.attention_bwd(
+        problem.integers, problem.reals, dout.data_ptr(), ((0,) * (4 - dout.dim()) + dout.stride())[:3],
+        out.data_ptr(), lse.data_ptr(), data_ptr(dlse), delta.data_ptr(),
+        (dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), data_ptr(dbias), data_ptr(dsinks)), _broadcast_strides(dbias),
+    )  # fmt: skip
+    if dbias is not None and bias is not None:
+        dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
+    return dq, dk, dv, dbias, dsinks if sinks is None or dsinks is None else dsinks.to(sinks.dtype)

@@ -26,12 +26,13 @@ from tpweave.ops.attention import (
     TRITON_NEEDS,
     AttentionKeywords,
     _options,
+    backward_head_dim_fits,
     check_heads,
     check_options,
     dropout_seed,
     head_dim_fits,
 )
-from tpweave.ops.attention_problem import native_problem
+from tpweave.ops.attention_problem import Gradients, native_backward, native_problem
 from tpweave.reference.ops.attention import AttentionOptions
 from tpweave.reference.ops.attention_varlen import (
     PackedSequences,
@@ -77,6 +78,28 @@ def attention_varlen_bwd_triton(
     return attention_bwd(dout, dlse, q, k, v, out, lse, options, sequences)
 
 
+def attention_varlen_bwd_cpu(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    sequences: PackedSequences, options: AttentionOptions,
+) -> Gradients:  # fmt: skip
+    fields = sequences._asdict()
+    if fields.pop("block_table") is None:
+        return native_backward(dout, dlse, q, k, v, out, lse, options, **fields)
+    # Sequences may share pages: their keys are unpacked, and their gradients added where they came from.
+    rows = torch.cat(sequences.key_rows(k.shape[1]))
+    cu_seqlens_k = torch.nn.functional.pad(sequences.key_lengths().cumsum(0), (1, 0))
+    packed_k, packed_v = (x.flatten(0, 1)[rows] for x in (k, v))
+    fields.update(cu_seqlens_k=cu_seqlens_k, seqused_k=None)
+    dq, *dkv, dbias, dsinks = native_backward(
+        dout, dlse, q, packed_k, packed_v, out, lse, options, **fields
+    )  # fmt: skip
+    dk, dv = (
+        torch.zeros(x.shape).flatten(0, 1).index_add_(0, rows, grad.float()).view(x.shape).to(x.dtype)
+        for x, grad in zip((k, v), dkv, strict=True)
+    )
+    return dq, dk, dv, dbias, dsinks
+
+
 # Rows take (q, k, v, PackedSequences, AttentionOptions) and return out [Tq, Hq, Dv] and lse [Hq, Tq]; those of the
 # backward take (dout, dlse, q, k, v, out, lse, PackedSequences, AttentionOptions) and return dq, dk, dv, dbias, dsinks.
 # Tokens of no sequence have out 0, lse -inf and gradients 0; so have keys that no sequence uses.
@@ -86,6 +109,7 @@ ATTENTION_VARLEN = Op("attention_varlen", [
     Backend("reference", attention_varlen_reference, Needs()),
 ])  # fmt: skip
 ATTENTION_VARLEN_BWD = Op("attention_varlen_bwd", [
+    Backend("cpu", attention_varlen_bwd_cpu, Needs(device="cpu", dtypes=FLOATS, rules=(backward_head_dim_fits,))),
     Backend("triton", attention_varlen_bwd_triton, TRITON_NEEDS),
     Backend("reference", attention_varlen_backward_reference, Needs()),
 ])  # fmt: skip
@@ -184,6 +208,7 @@ def _backward(ctx, dout, dlse):
 def _bwd_impl(dout, dlse, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, block_table, seqused_k, *rest):
     mask, bias, alibi, sinks, seed, *settings, need_dbias, need_dsinks, backend = rest
     sequences = PackedSequences(cu_q, cu_k, max_q, max_k, block_table, seqused_k)
+    bias = None if bias is None else bias.detach().requires_grad_(need_dbias)
     options = _options(mask, bias, alibi, sinks, seed, *settings)
     inputs = Inputs((dout, q, k, v), **sequences._asdict(), **options._asdict())
     row = ATTENTION_VARLEN_BWD.choose(inputs, ATTENTION_VARLEN_BWD.named(backend))
