@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-AREAS = ("ops", "comm")
+AREAS = ("ops", "comm", "models")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bench:
     group (gloo) initialised, one thread and a seed of the rank's own.
 
     Attributes:
-        stem: the op's stem.
+        stem: the op's stem; of a model's benchmark its own name.
         cases: what is measured.
         gpu_cases: what is measured on a GPU; `cases` when empty.
         make: `make(**case.values)` -> inputs, the same on all ranks but for the data.

@@ -258,9 +258,10 @@ def run_bench(
         raise BenchRequestError(f"{stem} {need}, not {world_size}")
     selected_cases(bench, options)
     if options.backend is not None:
-        rows = [row.name for row in load_ops()[stem].backends]
+        ops = load_ops()
+        rows = [row.name for row in ops[stem].backends] if stem in ops else []
         if options.backend not in rows:
-            raise BenchRequestError(f"{stem} has no backend '{options.backend}'; it has {', '.join(rows)}")
+            raise BenchRequestError(f"{stem} has no backend '{options.backend}'; it has {', '.join(rows) or 'none'}")
     mpi_off = launch.mpi_objection() if bench.mpi_rivals else "no rival needs it"
     if world_size == 1:
         threads = torch.get_num_threads()

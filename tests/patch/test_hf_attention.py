@@ -97,6 +97,10 @@ def packed(lengths=(7, 11, 2)):
 @pytest.mark.parametrize("name", decoders())
 @pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
 def test_packed_sequences_equal_padded_ones(name, given, monkeypatch):
+    import transformers
+
+    if name == "llama4" and tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+        pytest.skip("before 5.23 Transformers counts chunks over the whole row, not in each packed sequence")
     _, model = build(name)
     padded, seen, row = packed()
     if given == "cu_seq_lens":

@@ -146,18 +146,18 @@ def test_bidirectional_windows(window, padded):
 def test_packed_rows_are_recognised_and_whole():
     """The mask itself is what the model may compute with; the layout says the same."""
     from transformers.masking_utils import (
+        and_masks,
         causal_mask_function,
-        packed_sequence_compatibility_function,
+        packed_sequence_mask_function,
         sdpa_mask,
         sliding_window_causal_mask_function,
     )  # fmt: skip
 
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0]])
     sequence = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 2]])
     for base, size in ((causal_mask_function, None), (sliding_window_causal_mask_function(2), 2)):
         options = dict(
             batch_size=BATCH, q_length=7, kv_length=7, local_size=size, allow_is_causal_skip=False,
-            mask_function=packed_sequence_compatibility_function(base, positions, sequence),
+            mask_function=and_masks(base, packed_sequence_mask_function(sequence)),
         )  # fmt: skip
         mask = hf.attention_mask(**options)
         assert torch.equal(mask, sdpa_mask(**options))

@@ -1,0 +1,1 @@
+"""Benchmarks of whole models, one per way of running them."""
