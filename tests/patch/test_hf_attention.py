@@ -12,6 +12,12 @@ TOLERANCE = 1e-5
 ROUNDING = 2e-7
 
 
+def version():
+    import transformers
+
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
 def assert_near(got, want, what, tolerance=TOLERANCE):
     error = (got - want).abs().max().item() / max(want.abs().max().item(), 1e-3) if want.numel() else 0.0
     assert got.shape == want.shape and error <= tolerance, f"{what}: {tuple(got.shape)}, off by {error:.2e}"
@@ -65,8 +71,11 @@ def test_decoders(name):
         wanted, got = check_losses(eager, ours, inputs, f"{name} {side}")
         assert_near(got.logits[seen], wanted.logits[seen], f"{name} {side} logits")
     one = {key: x[:1] for key, x in inputs.items()}
+    caches = [{}, {"cache_implementation": "static"}]
+    if name == "llama4" and version() < (5, 20):
+        caches.pop()  # Transformers itself raises there, with any implementation
     for batch in (one, inputs):
-        for options in ({}, {"cache_implementation": "static"}):
+        for options in caches:
             wanted, got = (generate(model, batch, **options) for model in (eager, ours))
             assert torch.equal(got, wanted), f"{name} {options}: {got.tolist()} instead of {wanted.tolist()}"
 
@@ -97,9 +106,7 @@ def packed(lengths=(7, 11, 2)):
 @pytest.mark.parametrize("name", decoders())
 @pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens"])
 def test_packed_sequences_equal_padded_ones(name, given, monkeypatch):
-    import transformers
-
-    if name == "llama4" and tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+    if name == "llama4" and version() < (5, 23):
         pytest.skip("before 5.23 Transformers counts chunks over the whole row, not in each packed sequence")
     _, model = build(name)
     padded, seen, row = packed()

@@ -1,5 +1,6 @@
 """Transformers' attention through `tpweave.attention`: `attn_implementation="tpweave"`. This file and `hf_masks.py` are
-the only ones that know Transformers' interfaces; they import it lazily.
+the only ones that know Transformers' interfaces; they import it lazily. Tested with 5.17.0, 5.18.0, 5.19.0,
+5.20.2, 5.21.1, 5.22.2 and 5.23.0.
 
 Attention functions of Transformers get q [B, Hq, Sq, D], k and v [B, Hkv, Skv, D] and a mask that a mask function made
 for their name. Both are registered under `ATTENTION_NAME`: a name without a mask function would silently lose all
