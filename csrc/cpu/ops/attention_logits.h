@@ -92,16 +92,30 @@ class Logits {
     return row;
   }
 
-  inline __attribute__((always_inline)) VecF apply(VecF raw, const LogitRow& row, int64_t key) const {
+  // How far lane 0 and those after it lie before a row's position, where lane 0 is `key`.
+  static inline __attribute__((always_inline)) VecF distance(const LogitRow& row, int64_t key) {
+    return set1(row.position - static_cast<float>(key)) - lane_numbers();
+  }
+
+  // Logits of the keys from `key` on, which are `distance` before the row's position.
+  inline __attribute__((always_inline)) VecF apply(VecF raw, const LogitRow& row, VecF distance, int64_t key) const {
     VecF x = raw * set1(scale_);
     if (cap_ > 0) x = scaled_tanh(x, cap_);
-    if (problem_.alibi_slopes != nullptr) {
-      const VecF distance = abs(set1(row.position - static_cast<float>(key)) - lane_numbers());
-      x = x - set1(row.slope) * distance;
-    }
+    if (problem_.alibi_slopes != nullptr) x = fma(set1(-row.slope), abs(distance), x);
     if (row.bias != nullptr) x = fma(bias(row.bias, key), set1(kLog2E), x);
     if (row.mask != nullptr) x = keep_masked(x, row.mask, key);
     return x;
+  }
+
+  // Asks for bias and mask of a key tile ahead of its turn: the rows lie in pages of their own, too many for the
+  // hardware to foresee.
+  void prefetch(const LogitRow& row, int64_t key) const {
+    if (row.bias != nullptr && problem_.bias_strides[3] == 1) {
+      const int64_t size = problem_.bias_dtype == DType::kFloat32 ? 4 : 2;
+      const char* at = static_cast<const char*>(row.bias) + key * size;
+      for (int64_t i = 0; i < kKeys * size; i += 64) __builtin_prefetch(at + i);
+    }
+    if (row.mask != nullptr) __builtin_prefetch(row.mask + key * problem_.mask_strides[3]);
   }
 
   // Whether the mask hides keys [begin, end) from a row. May say no where it would be long to find out.

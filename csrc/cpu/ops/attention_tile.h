@@ -331,12 +331,16 @@ class QueryTile {
       const int64_t last = scratch_.end[row + r] - key;
       const LogitRow& logits = scratch_.logits[row + r];
       float* at = scores + r * kKeys;
+      const VecF distance = active ? Logits::distance(logits, key) : zero();
+      if (active) logits_.prefetch(logits, key + kKeys);
       top[r] = set1(-kInfinity);
       for (int n = 0; n < kGroupVecs; ++n) {
         VecF v = set1(-kInfinity);
         if (n >= begin && n < end) {
           v = load(at + n * kLanes);
-          if (active) v = logits_.apply(v, logits, key + n * kLanes);
+          if (active) {
+            v = logits_.apply(v, logits, distance - set1(static_cast<float>(n * kLanes)), key + n * kLanes);
+          }
           if (!whole) v = keep_lanes(v, first - n * kLanes, last - n * kLanes);
           if (state == kPartlyVisible) v = v + load(block + layout_.bias_offset + n * kLanes);
           top[r] = max(top[r], v);
