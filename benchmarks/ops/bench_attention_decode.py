@@ -1,5 +1,6 @@
 """attention_decode beside torch's scaled_dot_product_attention, once with the query heads of a KV head as its queries
-and once with enable_gqa. Every call takes another cache, so that none is in L3.
+and once with enable_gqa, and beside a bare read of the same cache, which is the limit. Every call takes another cache,
+so that none is in L3.
 """
 
 import itertools
@@ -8,6 +9,7 @@ import torch
 
 import tpweave
 from tpweave.benchmarks.registry import Bench, Case, dtype_named
+from tpweave.native import _C
 
 DEPTH = 128
 # More than the largest L3 among the machines measured on.
@@ -40,7 +42,8 @@ def make(keys, heads, kv_heads, dtype, page_size=0, cache="same"):
     copies = 1 + COLD_BYTES // (k.nbytes + v.nbytes)
     caches = [[x.clone() for x in stores] for _ in range(copies)]
     # SDPA gets its own layout, and codes as the numbers they stand for: it has no other way.
-    plain = [[x.transpose(1, 2).contiguous() for x in pair] for pair in [(k, v)] * copies] if cache == "same" else []
+    wide = (k, v) if cache == "same" else [(x * scale).to(dtype) for x in (k, v)]
+    plain = [[x.transpose(1, 2).contiguous() for x in wide] for _ in range(copies)]
     return {
         "q": q, "options": options, "caches": caches, "plain": plain, "scale": scale, "kv": (k, v),
         "turns": {name: itertools.count() for name in ("ours", "read", "grouped", "gqa")},
@@ -64,6 +67,11 @@ def with_gqa(inputs):
     k, v = turn(inputs, "gqa", "plain")
     q = inputs["q"].transpose(1, 2)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def read(inputs):
+    for x in turn(inputs, "read", "caches"):
+        _C.read_memory(x.data_ptr(), x.nbytes)
 
 
 def check(inputs, out):
@@ -98,7 +106,7 @@ BENCH = Bench(
     ),
     make=make,
     ours=ours,
-    rivals={"torch SDPA, grouped heads": grouped, "torch SDPA, enable_gqa": with_gqa},
+    rivals={"torch SDPA, grouped heads": grouped, "torch SDPA, enable_gqa": with_gqa, "read": read},
     check=check,
     bytes=cache_bytes,
 )

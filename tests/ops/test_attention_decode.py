@@ -281,7 +281,8 @@ def test_every_code_of_float8(isa, backend):
         out = tpweave.attention_decode(
             torch.zeros(1, 1, 1, 1), k, v, cache_seqlens=key + 1, cache_leftpad=torch.tensor([key]), backend=backend
         )
-        assert out.item() == codes[key].float().item()
+        # A weight of one may be an ulp off, which the division takes out again but for its rounding.
+        assert out.item() == pytest.approx(codes[key].float().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

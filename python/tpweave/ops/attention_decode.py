@@ -319,9 +319,11 @@ def attention_decode(
     batch, queries, heads, depth = q.shape
     if rotary_cos is not None or rotary_sin is not None:
         _check_rotary(q, rotary_cos, rotary_sin, k_new)
-    check_options(
-        "attention_decode", q, (batch, heads, queries, 0), window, chunk, softcap, alibi_slopes, sinks, None, None, 0.0
-    )
+    if window != (-1, -1) or chunk != 0 or softcap != 0 or alibi_slopes is not None or sinks is not None:
+        check_options(
+            "attention_decode", q, (batch, heads, queries, 0), window, chunk, softcap, alibi_slopes, sinks, None, None,
+            0.0,
+        )  # fmt: skip
     if num_splits < 0:
         raise ValueError(f"attention_decode: num_splits is {num_splits}; it takes a number of pieces, or 0 to choose")
     if block_table is not None:
