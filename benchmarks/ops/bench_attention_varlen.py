@@ -21,10 +21,8 @@ def make(heads, kv_heads, head_dim, causal, dtype):
     padded = [x.new_zeros(batch, longest, *x.shape[1:]) for x in packed]
     for x, whole in zip(packed, padded, strict=True):
         whole[inside] = x
-    # The sequences begin where the padded rows do, so the causal mask is the same for all.
-    mask = inside[:, None, None]
-    if causal:
-        mask = mask & torch.ones(longest, longest, dtype=torch.bool).tril()
+    # Rows begin with their tokens, so the causal mask alone hides the padding, and SDPA skips what it hides.
+    mask = None if causal else inside[:, None, None]
     padded = [x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1).contiguous() for x in padded]
     return {"packed": packed, "offsets": offsets, "padded": padded, "mask": mask, "inside": inside, "causal": causal}
 
@@ -35,7 +33,9 @@ def ours(inputs):
 
 
 def sdpa(inputs):
-    return torch.nn.functional.scaled_dot_product_attention(*inputs["padded"], attn_mask=inputs["mask"])
+    return torch.nn.functional.scaled_dot_product_attention(
+        *inputs["padded"], attn_mask=inputs["mask"], is_causal=inputs["causal"]
+    )
 
 
 def check(inputs, out):
