@@ -132,7 +132,7 @@ def _attention_fwd_kernel(
             )  # fmt: skip
 
         row, stat = query_rows(b, h, first_q, sizes, ragged)
-        seen = total > 0.0
+        seen = total != 0.0
         lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
         tl.store(lse_ptr + stat + offs_i, lse, mask=valid_i)
         factor = 1.0 / tl.where(seen, total, 1.0)

@@ -100,3 +100,16 @@ def query_gradient_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int,
     if widest <= 64 and not features:
         return Tiles(128, 64, 8, 2)
     return Tiles(64, 32, 8, 2 if widest <= 128 else 1)
+
+
+def decode_tiles(gpu: str, dtype: torch.dtype, rows: int, depth_v: int) -> Tiles:
+    """Tiles of the decode kernel for `rows` queries and heads to a KV head: block_m is at least tl.dot's 16.
+
+    A tile of keys and values of 128 is 32 KB of bf16, and two are on their way; wider values, of which the sums
+    [block_m, depth_v] are kept too, take fewer keys and queries.
+    """
+    block_m = min(block_dim(rows), 64 if depth_v <= 128 else 32 if depth_v <= 256 else 16)
+    if gpu == "interpreter":
+        return Tiles(block_m, 64, 4, 1)
+    narrow = dtype == torch.float32 or depth_v > 128
+    return Tiles(block_m, 32 if narrow else 64, 8 if dtype == torch.float32 else 4, 1 if gpu == "gfx942" else 2)

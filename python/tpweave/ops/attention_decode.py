@@ -105,8 +105,28 @@ def _takes_head_dims(inputs: Inputs) -> str | None:
     return None
 
 
+def attention_decode_triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: CacheOptions, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    from tpweave.kernels.ops.attention_decode import attention_decode
+
+    if q.device.type == "cpu":
+        check_values(q, k_cache, v_cache, cache, options)
+    return attention_decode(q, k_cache, v_cache, cache, options)
+
+
+def _triton_takes(inputs: Inputs) -> str | None:
+    q, _, v_cache = inputs.tensors
+    if q.dtype not in FLOATS:
+        return f"takes q in float32, bfloat16, float16, not {str(q.dtype).removeprefix('torch.')}"
+    if max(q.shape[-1], v_cache.shape[-1]) > 576 or v_cache.shape[-1] > 512:
+        return f"takes head dims up to 576 and of values up to 512, not {q.shape[-1]} and {v_cache.shape[-1]}"
+    return None
+
+
 ATTENTION_DECODE = Op("attention_decode", [
     Backend("cpu", attention_decode_cpu, Needs(device="cpu", dtypes=FLOATS | set(CODES), rules=(_takes_head_dims,))),
+    Backend("triton", attention_decode_triton, Needs(device="cuda", module="triton", rules=(_triton_takes,))),
     Backend("reference", attention_decode_with_reference, Needs()),
 ])  # fmt: skip
 
