@@ -164,9 +164,8 @@ def _attention_decode_kernel(
             products = dot(qt, tl.trans(kt), products, PRECISION)
         else:
             for begin_d in tl.static_range(0, D, BLOCK_D):
-                length: tl.constexpr = D - begin_d if D - begin_d < BLOCK_D else BLOCK_D
-                part = load_rows(q_entry + begin_d, q_rows, valid_r, length, BLOCK_D, False)
-                kt = _load_cached(k_head + begin_d, k_offs, valid_j, dtype, length, BLOCK_D, CODES)
+                part = load_rows(q_entry + begin_d, q_rows, valid_r, D - begin_d, BLOCK_D, False)
+                kt = _load_cached(k_head + begin_d, k_offs, valid_j, dtype, D - begin_d, BLOCK_D, CODES)
                 products = dot(part, tl.trans(kt), products, PRECISION)
         if CODES != "none":
             products *= k_scale
