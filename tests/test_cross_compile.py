@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs of four kinds without one being here, within their shared memory."""
+"""Every Triton kernel compiles for GPUs of four kinds without one being here, within their memory and registers."""
 
 import json
 import os
@@ -27,6 +27,7 @@ def test_every_kernel_compiles(tmp_path, target):
     for row in rows:
         assert row["bytes"] > 0, row
         assert row["shared"] <= row["shared_limit"], row
+        assert 0 < row["registers"] <= 512 and row["spills"] <= row["spills_limit"], row
     names = {row["kernel"] for row in rows}
     assert {f"{m}.{f.__name__}" for m in kernel_modules() for f in jit_functions(m)} == names
 

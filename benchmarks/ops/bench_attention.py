@@ -107,17 +107,30 @@ SHAPES = (
     (1, 8, 8, 1024, 64, "sinks"),
     (1, 8, 8, 1024, 64, "bias"),
 )
+# A GPU needs more to be busy.
+GPU_SHAPES = (
+    (4, 16, 16, 4096, 64, "causal"),
+    (4, 16, 16, 4096, 128, "full"),
+    (4, 16, 4, 4096, 128, "causal"),
+    (8, 16, 16, 512, 128, "causal"),
+)
 
-BENCH = Bench(
-    stem="attention",
-    cases=tuple(
+
+def cases(dtypes, shapes):
+    return tuple(
         Case(
             f"{dtype} B{b} H{h}/{hkv} S{s} D{d} {option}",
             {"batch": b, "heads": h, "kv_heads": hkv, "sequence": s, "head_dim": d, "option": option, "dtype": dtype},
         )
-        for dtype in ("fp32", "bf16", "fp16")
-        for b, h, hkv, s, d, option in SHAPES
-    ),
+        for dtype in dtypes
+        for b, h, hkv, s, d, option in shapes
+    )
+
+
+BENCH = Bench(
+    stem="attention",
+    cases=cases(("fp32", "bf16", "fp16"), SHAPES),
+    gpu_cases=cases(("bf16", "fp32"), GPU_SHAPES),
     make=make,
     ours=ours,
     rivals={"torch SDPA": in_torch},

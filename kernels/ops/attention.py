@@ -241,10 +241,10 @@ def attention_fwd(
 
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# What is compiled for every GPU: dtype, head dim, and whether with every feature.
+# What is compiled for every GPU: dtype, head dim, whether with every feature, and the bytes a thread may spill.
 COMPILED = (
-    (torch.bfloat16, 64, False), (torch.bfloat16, 128, False), (torch.bfloat16, 256, False),
-    (torch.float16, 128, True), (torch.float32, 128, False),
+    (torch.bfloat16, 64, False, 0), (torch.bfloat16, 128, False, 0), (torch.bfloat16, 256, False, 0),
+    (torch.float16, 128, True, 0), (torch.float32, 128, False, 128),
 )  # fmt: skip
 
 
@@ -268,24 +268,24 @@ def score_types(features: bool) -> dict[str, Any]:
 
 
 def compile_spec(
-    kernel: Any, gpu: str, dtype: torch.dtype, depth: int, tiles: Tiles, arguments: dict[str, Any]
+    kernel: Any, gpu: str, dtype: torch.dtype, depth: int, tiles: Tiles, arguments: dict[str, Any], max_spills: int
 ) -> CompileSpec:
     """An entry of `COMPILE_SPECS` for a kernel over tiles of scores, with D = DV = `depth`."""
     constants = {
         "D": depth, "DV": depth, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_D": block_dim(depth),
         "BLOCK_DV": block_dim(depth), "PRECISION": precision(gpu, dtype),
     }  # fmt: skip
-    return CompileSpec(kernel, arguments, constants, tiles.num_warps, tiles.num_stages, (gpu,))
+    return CompileSpec(kernel, arguments, constants, tiles.num_warps, tiles.num_stages, (gpu,), max_spills)
 
 
-def _forward_spec(gpu: str, dtype: torch.dtype, depth: int, features: bool) -> CompileSpec:
+def _forward_spec(gpu: str, dtype: torch.dtype, depth: int, features: bool, max_spills: int) -> CompileSpec:
     rows = row_types(dtype)
     arguments = {
         "q": rows, "k": rows, "v": rows, "out_ptr": rows.ptr, "lse_ptr": "*fp32",
         "sinks_ptr": "*fp32" if features else None, **score_types(features),
     }  # fmt: skip
     tiles = forward_tiles(gpu, dtype, depth, depth, features=features)
-    return compile_spec(_attention_fwd_kernel, gpu, dtype, depth, tiles, arguments)
+    return compile_spec(_attention_fwd_kernel, gpu, dtype, depth, tiles, arguments, max_spills)
 
 
 COMPILE_SPECS = [_forward_spec(gpu, *case) for gpu in TARGETS for case in COMPILED]

@@ -447,7 +447,7 @@ def _gradients(
     return dq, dk, dv, dbias, dsinks
 
 
-def _backward_specs(gpu: str, dtype: torch.dtype, depth: int, features: bool) -> list[CompileSpec]:
+def _backward_specs(gpu: str, dtype: torch.dtype, depth: int, features: bool, max_spills: int) -> list[CompileSpec]:
     rows = row_types(dtype)
     inputs = {"q": rows, "k": rows, "v": rows, "dout": rows, "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     inputs |= score_types(features)
@@ -455,17 +455,17 @@ def _backward_specs(gpu: str, dtype: torch.dtype, depth: int, features: bool) ->
         inputs["ragged"] = inputs["ragged"]._replace(block_table=None)
     by_key = key_gradient_tiles(gpu, dtype, depth, depth, features=features)
     by_query = query_gradient_tiles(gpu, dtype, depth, depth, features=features)
-    specs = [
-        compile_spec(
-            _attention_bwd_dkdv_kernel, gpu, dtype, depth, by_key, {**inputs, "dk_ptr": rows.ptr, "dv_ptr": rows.ptr}
-        ),
-        compile_spec(_attention_bwd_dq_kernel, gpu, dtype, depth, by_query, {**inputs, "dq_ptr": rows.ptr}),
+    kernels = [
+        (_attention_bwd_dkdv_kernel, by_key, {"dk_ptr": rows.ptr, "dv_ptr": rows.ptr}),
+        (_attention_bwd_dq_kernel, by_query, {"dq_ptr": rows.ptr}),
     ]
     if features:
         dbias = {"dbias_ptr": "*bf16", "counts": Counts(*["i32"] * 5)}
-        tiles = by_query._replace(num_stages=1)
-        specs.append(compile_spec(_attention_bwd_dbias_kernel, gpu, dtype, depth, tiles, {**inputs, **dbias}))
-    return specs
+        kernels.append((_attention_bwd_dbias_kernel, by_query._replace(num_stages=1), dbias))
+    return [
+        compile_spec(kernel, gpu, dtype, depth, tiles, {**inputs, **outputs}, max_spills)
+        for kernel, tiles, outputs in kernels
+    ]
 
 
 COMPILE_SPECS = [

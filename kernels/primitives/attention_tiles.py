@@ -64,7 +64,7 @@ def forward_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int, *, fea
         # 64 KB of shared memory hold one tile of keys or values at a time: no pipeline.
         return Tiles(64, 32, 4, 1) if wide or features or widest > 128 else Tiles(128, 64, 4, 1)
     if wide:
-        return Tiles(32, 32, 4, 2)
+        return Tiles(32, 32, 8, 2 if widest <= 128 else 1)
     if features:
         return Tiles(64, 32, 8, 2)
     if widest <= 64:
@@ -75,17 +75,22 @@ def forward_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int, *, fea
 
 
 def key_gradient_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int, *, features: bool = False) -> Tiles:
-    """Tiles of the kernel of dk and dv, which keeps four tiles [block_n, head dim], two of them in fp32."""
+    """Tiles of the kernel of dk and dv, which keeps four tiles [block_n, head dim], two of them in fp32.
+
+    sm_80 keeps fewer queries at 64, and sm_100 loads without a pipeline at 128: else they spill.
+    """
     if gpu == "interpreter":
         return Tiles(32, 64, 4, 1)
     widest = max(depth, depth_v)
     if gpu == "gfx942":
         return Tiles(32, 64 if widest <= 64 else 32, 4, 1)
     if dtype == torch.float32:
-        return Tiles(16, 32, 4, 1)
-    if widest <= 64 and not features:
-        return Tiles(64, 128, 8, 2)
-    return Tiles(32, 64, 8, 2 if widest <= 128 else 1)
+        return Tiles(16, 32, 8, 1)
+    if features or widest > 128:
+        return Tiles(32, 32, 8, 1)
+    if widest <= 64:
+        return Tiles(32, 128, 8, 2) if gpu == "sm_80" else Tiles(64, 64, 8, 2)
+    return Tiles(32, 64, 8, 1 if gpu == "sm_100" else 2)
 
 
 def query_gradient_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int, *, features: bool = False) -> Tiles:
@@ -96,10 +101,10 @@ def query_gradient_tiles(gpu: str, dtype: torch.dtype, depth: int, depth_v: int,
     if gpu == "gfx942":
         return Tiles(64 if widest <= 64 else 32, 32, 4, 1)
     if dtype == torch.float32:
+        return Tiles(16, 32, 8, 1)
+    if widest > 128:
         return Tiles(32, 32, 4, 1)
-    if widest <= 64 and not features:
-        return Tiles(128, 64, 8, 2)
-    return Tiles(64, 32, 8, 2 if widest <= 128 else 1)
+    return Tiles(64, 32, 8, 2) if features or widest > 64 else Tiles(128, 64, 8, 2)
 
 
 def decode_tiles(gpu: str, dtype: torch.dtype, rows: int, depth_v: int) -> Tiles:

@@ -200,6 +200,15 @@ CHECKS: tuple[Check, ...] = (
         lambda i, backend, _: tpweave.attention(*i[:3], mask=i[3], backend=backend),
     ),
     Check(
+        "attention", "every option",
+        lambda d: (*_attention_inputs(d), d.normal(1, 4, 33, 45), d.normal(4)),
+        lambda i, backend, _: tpweave.attention(
+            *i[:3], mask=i[3], bias=i[4], sinks=i[5], causal=True, window=(30, -1), softcap=5.0,
+            alibi_slopes=torch.linspace(0.1, 0.4, 4, device=i[0].device), dropout_p=0.2, seed=2**40 + 7,
+            return_lse=True, backend=backend,
+        ),
+    ),
+    Check(
         "attention_varlen", "causal, 4 sequences, heads 4/2",
         _varlen_inputs,
         lambda i, backend, _: tpweave.attention_varlen(*i, 33, 45, causal=True, return_lse=True, backend=backend),

@@ -406,6 +406,52 @@ def test_last_of_sequences_that_append_to_one_place_wins(backend):
     assert torch.equal(k[1, 5], keywords["k_new"][1, 0]) and torch.equal(v[1, 5], keywords["v_new"][1, 0])
 
 
+TRITON_CASES = {
+    "one query": ({"heads": 6}, {}),
+    "speculative": ({"queries": 5, "heads": 6, "lengths": [150, 3]}, {"causal": True, "num_splits": 2}),
+    "latent": ({"depth": 576, "depth_v": 512, "heads": 5, "kv_heads": 1, "capacity": 70}, {}),
+    "int8": ({"cache_dtype": torch.int8}, {"num_splits": 2}),
+    "float8": ({"cache_dtype": torch.float8_e4m3fn}, {}),
+    "everything": CASES["everything"],
+}
+
+
+@pytest.mark.parametrize("case", TRITON_CASES)
+def test_triton_in_the_interpreter(case):
+    pytest.importorskip("triton")
+    sizes, options = TRITON_CASES[case]
+    q, k, v, keywords = make(**sizes)
+    check(q, k, v, keywords | options, "triton")
+
+
+def test_triton_appends_in_the_interpreter():
+    pytest.importorskip("triton")
+    angles = torch.rand(200, 7).double() * 6
+    for interleaved in (False, True):
+        q, k, v, keywords = make(queries=3, new=2, depth=20, lengths=[140, 5])
+        options = {"causal": True, "rotary_interleaved": interleaved}
+        got_k, got_v = check(q, k, v, keywords | options, "triton", angles)
+        for b, length in enumerate((140, 5)):
+            at = slice(length, length + 2)
+            want = turned(keywords["k_new"][b], angles, torch.arange(length, length + 2), interleaved)
+            torch.testing.assert_close(got_k[b, at].double(), want, rtol=1e-5, atol=1e-5)
+            assert torch.equal(got_v[b, at], keywords["v_new"][b])
+            got_k[b, at], got_v[b, at] = k[b, at], v[b, at]
+        assert torch.equal(got_k, k) and torch.equal(got_v, v)
+    test_last_of_sequences_that_append_to_one_place_wins("triton")
+
+
+def test_triton_reads_pages_and_splits_by_a_sequence_alone():
+    pytest.importorskip("triton")
+    q, k, v, keywords = make(batch=2, queries=2, new=3, lengths=[147, 61])
+    k_pages, v_pages, table = paged(k, v, 7)
+    call = keywords | {"num_splits": 3, "backend": "triton", "causal": True}
+    want = tpweave.attention_decode(q, k, v, **call)
+    assert torch.equal(tpweave.attention_decode(q, k_pages, v_pages, block_table=table, **call), want)
+    second = {name: x[1:] if torch.is_tensor(x) else x for name, x in call.items()}
+    assert torch.equal(tpweave.attention_decode(q[1:], k[1:], v[1:], **second), want[1:])
+
+
 def test_opcheck_and_compile():
     q, k, v, keywords = make(new=2, lengths=[40, 7])
     angles = torch.rand(60, 4)
