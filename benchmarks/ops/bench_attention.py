@@ -1,7 +1,8 @@
 """attention beside torch's scaled_dot_product_attention, which gets its own layout [B, H, S, D] and its masks, made
 beforehand. It has no softcap and no sinks: there the rival is attention written out in torch.
 
-`flops` counts the scores that are seen, so GFLOP/s compare the cost of what is seen between cases.
+`flops` counts the scores that are seen, so GFLOP/s compare the cost of what is seen between cases. Cases with "+ bwd"
+run forward and backward, counted as 3.5 times the forward; their extra bytes are the backward's.
 """
 
 import torch
@@ -14,7 +15,7 @@ from tpweave.reference.ops.attention import visible_keys
 WINDOW = 256
 
 
-def make(batch, heads, kv_heads, sequence, head_dim, option, dtype):
+def make(batch, heads, kv_heads, sequence, head_dim, option, dtype, backward=False):
     dtype = dtype_named(dtype)
     q, k, v = (torch.randn(batch, sequence, h, head_dim).to(dtype) for h in (heads, kv_heads, kv_heads))
     causal = option not in ("full", "bias")
@@ -36,12 +37,24 @@ def make(batch, heads, kv_heads, sequence, head_dim, option, dtype):
         mask = (-slopes[:, None, None] * distance).masked_fill(~visible, float("-inf"))[None].to(dtype)
     return {
         "tensors": (q, k, v), "transposed": [x.transpose(1, 2).contiguous() for x in (q, k, v)], "mask": mask,
-        "causal": causal, "options": options, "visible": visible,
+        "causal": causal, "options": options, "visible": visible, "dout": torch.randn_like(q) if backward else None,
     }  # fmt: skip
 
 
+def with_gradients(function, tensors, dout):
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = function(leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
 def ours(inputs):
-    return tpweave.attention(*inputs["tensors"], causal=inputs["causal"], **inputs["options"])
+    def attention(tensors):
+        return tpweave.attention(*tensors, causal=inputs["causal"], **inputs["options"])
+
+    if inputs["dout"] is None:
+        return attention(inputs["tensors"])
+    return with_gradients(attention, inputs["tensors"], inputs["dout"])
 
 
 def written_out(q, k, v, visible, softcap=0.0, sinks=None):
@@ -57,8 +70,15 @@ def written_out(q, k, v, visible, softcap=0.0, sinks=None):
 
 
 def in_torch(inputs, tensors=None):
-    options, mask = inputs["options"], inputs["mask"]
     tensors = inputs["transposed"] if tensors is None else tensors
+    if inputs["dout"] is None:
+        return forward_in_torch(inputs, tensors)
+    dout = inputs["dout"].transpose(1, 2).to(tensors[0].dtype)
+    return with_gradients(lambda leaves: forward_in_torch(inputs, leaves), tensors, dout)
+
+
+def forward_in_torch(inputs, tensors):
+    options, mask = inputs["options"], inputs["mask"]
     if "softcap" in options or "sinks" in options:
         return written_out(*tensors, inputs["visible"], **options)
     if mask is not None and mask.dtype != torch.bool:
@@ -70,20 +90,24 @@ def in_torch(inputs, tensors=None):
 
 
 def check(inputs, out):
-    wide = in_torch(inputs, [x.double() for x in inputs["transposed"]]).transpose(1, 2)
-    tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out.double(), wide, rtol=tolerance, atol=tolerance)
+    wide = in_torch(inputs, [x.double() for x in inputs["transposed"]])
+    if inputs["dout"] is None:
+        out, wide = (out,), (wide,)
+    for got, want in zip(out, wide, strict=True):
+        tolerance = 1e-5 if got.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got.double(), want.transpose(1, 2), rtol=tolerance, atol=tolerance)
 
 
 def flops(inputs):
     q, k, _ = inputs["tensors"]
     visible = inputs["visible"]
-    return 4 * q.numel() * (k.shape[1] if visible is None else visible.sum().item() / q.shape[1])
+    forward = 4 * q.numel() * (k.shape[1] if visible is None else visible.sum().item() / q.shape[1])
+    return forward if inputs["dout"] is None else 3.5 * forward
 
 
 def extra_bytes(inputs):
     ours(inputs)
-    return _C.attention_workspace_bytes()
+    return _C.attention_workspace_bytes() if inputs["dout"] is None else _C.attention_bwd_workspace_bytes()
 
 
 SHAPES = (
@@ -114,22 +138,40 @@ GPU_SHAPES = (
     (4, 16, 4, 4096, 128, "causal"),
     (8, 16, 16, 512, 128, "causal"),
 )
+BACKWARD_SHAPES = (
+    (1, 8, 8, 2048, 64, "causal"),
+    (1, 8, 8, 2048, 64, "full"),
+    (1, 1, 1, 2048, 64, "full"),
+    (1, 8, 2, 1024, 128, "causal"),
+    (1, 8, 8, 1024, 64, "window"),
+    (4, 12, 12, 128, 64, "full"),
+)
 
 
-def cases(dtypes, shapes):
+def cases(dtypes, shapes, backward=False):
     return tuple(
         Case(
-            f"{dtype} B{b} H{h}/{hkv} S{s} D{d} {option}",
-            {"batch": b, "heads": h, "kv_heads": hkv, "sequence": s, "head_dim": d, "option": option, "dtype": dtype},
+            f"{dtype} B{b} H{h}/{hkv} S{s} D{d} {option}{' + bwd' if backward else ''}",
+            {
+                "batch": b,
+                "heads": h,
+                "kv_heads": hkv,
+                "sequence": s,
+                "head_dim": d,
+                "option": option,
+                "dtype": dtype,
+                "backward": backward,
+            },  # fmt: skip
         )
         for dtype in dtypes
         for b, h, hkv, s, d, option in shapes
     )
 
 
+DTYPES = ("fp32", "bf16", "fp16")
 BENCH = Bench(
     stem="attention",
-    cases=cases(("fp32", "bf16", "fp16"), SHAPES),
+    cases=cases(DTYPES, SHAPES) + cases(DTYPES, BACKWARD_SHAPES, backward=True),
     gpu_cases=cases(("bf16", "fp32"), GPU_SHAPES),
     make=make,
     ours=ours,

@@ -27,6 +27,9 @@ namespace {
 // Multiply-adds below which a second thread costs more than it brings (a wake-up takes 2 us on Zen 3).
 constexpr int64_t kWorkPerThread = 1 << 18;
 
+// Working memory of the last call, for those who measure it.
+std::atomic<int64_t> workspace_bytes{0};
+
 struct FreeAligned {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
 };
@@ -35,13 +38,16 @@ struct FreeAligned {
 class Pool {
  public:
   Pool(int64_t count, int64_t bytes)
-      : bytes_((bytes + 63) / 64 * 64),
+      : count_(count),
+        bytes_((bytes + 63) / 64 * 64),
         memory_(static_cast<char*>(
             ::operator new[](static_cast<size_t>(std::max<int64_t>(1, count * bytes_)), std::align_val_t(64)))) {}
   void* operator[](int64_t index) const { return memory_.get() + index * bytes_; }
 
+  int64_t bytes() const { return count_ * bytes_; }
+
  private:
-  int64_t bytes_;
+  int64_t count_, bytes_;
   std::unique_ptr<char[], FreeAligned> memory_;
 };
 
@@ -153,6 +159,7 @@ class Backward {
     const Pool slots(threads, kernels_.slot_bytes(args_));
     const Pool scratch(threads, kernels_.scratch_bytes(args_));
     const Pool dq(threads, kernels_.dq_bytes(args_));
+    note_bytes(slots.bytes() + scratch.bytes() + dq.bytes());
     std::atomic<size_t> next{0};
     parallel_region(static_cast<int>(threads), [&](int thread, int) {
       for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units.size();) {
@@ -169,6 +176,11 @@ class Backward {
         }
       }
     });
+  }
+
+  static void note_bytes(int64_t bytes) {
+    if (bytes > workspace_bytes.load(std::memory_order_relaxed))
+      workspace_bytes.store(bytes, std::memory_order_relaxed);
   }
 
   struct Task {
@@ -194,6 +206,7 @@ class Backward {
     const Pool slots(count, kernels_.slot_bytes(args_));
     const Pool scratch(threads_, kernels_.scratch_bytes(args_));
     const Pool dq(count * ring, kernels_.dq_bytes(args_));
+    note_bytes(slots.bytes() + scratch.bytes() + dq.bytes());
     std::vector<Task> tasks;
     for (int64_t diagonal = 0; diagonal < query_tiles + segments - 1; ++diagonal) {
       for (int64_t s = std::max<int64_t>(0, diagonal - query_tiles + 1); s < std::min(segments, diagonal + 1); ++s) {
@@ -281,6 +294,7 @@ void backward(const AttentionIntegers& integers, const AttentionReals& reals, ui
   args.dv = pointer(gradients[2]);
   args.dbias = pointer<float>(gradients[3]);
   for (int i = 0; i < 4; ++i) args.dbias_strides[i] = dbias_strides[static_cast<size_t>(i)];
+  workspace_bytes.store(0, std::memory_order_relaxed);
   Backward(args).run();
   if (gradients[4] != 0) sink_gradients(args, pointer<float>(gradients[4]));
 }
@@ -289,6 +303,7 @@ void backward(const AttentionIntegers& integers, const AttentionReals& reals, ui
 
 void register_attention_bwd(py::module_& m) {
   m.def("attention_bwd", &backward, py::call_guard<py::gil_scoped_release>());
+  m.def("attention_bwd_workspace_bytes", [] { return workspace_bytes.load(std::memory_order_relaxed); });
 }
 
 }  // namespace tpweave
