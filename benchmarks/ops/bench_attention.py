@@ -161,7 +161,7 @@ def cases(dtypes, shapes, backward=False):
                 "option": option,
                 "dtype": dtype,
                 "backward": backward,
-            },  # fmt: skip
+            },
         )
         for dtype in dtypes
         for b, h, hkv, s, d, option in shapes
