@@ -86,7 +86,7 @@ def attention_varlen_bwd_cpu(
     if fields.pop("block_table") is None:
         return native_backward(dout, dlse, q, k, v, out, lse, options, **fields)
     # Sequences may share pages: their keys are unpacked, and their gradients added where they came from.
-    rows = torch.cat(sequences.key_rows(k.shape[1]))
+    rows = torch.cat([torch.empty(0, dtype=torch.int64), *sequences.key_rows(k.shape[1])])
     cu_seqlens_k = torch.nn.functional.pad(sequences.key_lengths().cumsum(0), (1, 0))
     packed_k, packed_v = (x.flatten(0, 1)[rows] for x in (k, v))
     fields.update(cu_seqlens_k=cu_seqlens_k, seqused_k=None)
