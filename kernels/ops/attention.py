@@ -169,7 +169,7 @@ def score_arguments(
 ) -> tuple[int, dict[str, Any]]:
     """The number of sequences, and the arguments that say how they are scored, the same for forward and backward."""
     heads = q.shape[-2]
-    ragged = table = None
+    ragged, table = Ragged(None, None, None, None), None
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     if packed is not None:
         table = None if packed.block_table is None else packed.block_table.contiguous()
@@ -259,7 +259,7 @@ def score_types(features: bool) -> dict[str, Any]:
         "slopes": Slopes("*fp32", "i32") if features else None,
         "bias": Plane("*bf16", *["i32:16"] * 3, "i32") if features else None,
         "mask": Plane("*u8", *["i32:16"] * 3, "i32") if features else None,
-        "ragged": Ragged("*i32", "*i32", "*i32", "*i32") if features else None,
+        "ragged": Ragged(*["*i32" if features else None] * 4),
         "sizes": Sizes(*["i32"] * 7),
         "limits": Limits("i32", "i32", "i32" if features else None),
         "numbers": Numbers("fp32", "fp32" if features else None, "i64" if features else "i32", "fp32", "i32"),

@@ -196,7 +196,7 @@ def _attention_bwd_dkdv_kernel(
                 )  # fmt: skip
 
         # dk and dv are dense, in k's and v's order of dims.
-        row = tl.cast(first_k, tl.int64) if ragged is not None else b.to(tl.int64) * sizes.keys
+        row = tl.cast(first_k, tl.int64) if ragged.cu_seqlens_q is not None else b.to(tl.int64) * sizes.keys
         rows = (row + wide_j) * kv_heads + kv_head
         offs_d = tl.arange(0, BLOCK_D)[None, :]
         dk = (dk * numbers.scale).to(dk_ptr.dtype.element_ty)

@@ -11,7 +11,7 @@ Tuples of arguments (each also stands for the Triton tuple that a kernel gets):
     Slopes   of ALiBi: pointer to [.., Hq] in fp32 and the stride of a batch entry
     Sizes    queries and keys (the most of any sequence), query heads, query heads to a KV head, rows of all sequences,
              tokens to a page, stride of the block table's rows
-    Ragged   of packed sequences: cu_seqlens_q, cu_seqlens_k, seqused_k and block_table, the last two perhaps None
+    Ragged   of packed sequences: cu_seqlens_q, cu_seqlens_k, seqused_k and block_table, None where there are none
     Limits   keys seen before and after p, and the chunk length or None
     Numbers  softmax_scale, softcap or None, the dropout's threshold, factor of a kept weight and number of head 0
 """
@@ -116,7 +116,7 @@ def sequence(b, sizes, ragged):
     first_k = 0
     queries = sizes.queries
     keys = sizes.keys
-    if ragged is not None:
+    if ragged.cu_seqlens_q is not None:
         first_q = tl.load(ragged.cu_seqlens_q + b)
         queries = tl.load(ragged.cu_seqlens_q + b + 1) - first_q
         first_k = tl.load(ragged.cu_seqlens_k + b)
@@ -140,14 +140,14 @@ def query_head(rows, b, h, first_q):
 def key_head(rows, b, h, first_k, ragged):
     """Pointer to key 0 of KV head h, or to page 0 of it."""
     base = rows.ptr + tl.cast(first_k, tl.int64) * rows.sequence + h.to(tl.int64) * rows.head
-    paged: tl.constexpr = ragged is not None and ragged.block_table is not None
+    paged: tl.constexpr = ragged.block_table is not None
     return base if paged else base + b.to(tl.int64) * rows.batch
 
 
 @triton.jit
 def query_rows(b, h, first_q, sizes, ragged):
     """Row of query 0 of head h in out [.., Hq, Dv], in units of heads, and in lse ([B, Hq, Sq] or [Hq, total])."""
-    if ragged is not None:
+    if ragged.cu_seqlens_q is not None:
         row = (tl.cast(first_q, tl.int64) * sizes.heads) + h
         stat = h.to(tl.int64) * sizes.total + first_q
     else:
@@ -159,7 +159,7 @@ def query_rows(b, h, first_q, sizes, ragged):
 @triton.jit
 def key_offsets(rows, b, offs_j, keys, sizes, ragged):
     """Offsets of keys within one head: by stride, or through the block table's pages."""
-    paged: tl.constexpr = ragged is not None and ragged.block_table is not None
+    paged: tl.constexpr = ragged.block_table is not None
     if paged:
         table = ragged.block_table + b.to(tl.int64) * sizes.table_row
         page = tl.load(table + offs_j // sizes.page, mask=offs_j < keys, other=0).to(tl.int64)
