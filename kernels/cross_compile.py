@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,17 +149,23 @@ def jit_functions(module: str) -> list[Any]:
     return [v for name, v in values.items() if name.endswith("_kernel") and hasattr(v, "arg_names")]
 
 
+def _compile(module: str, index: int, target: str) -> dict[str, Any]:
+    return compile_for(importlib.import_module(module).COMPILE_SPECS[index], target)
+
+
 def compile_all(targets: list[str]) -> Iterator[dict[str, Any]]:
-    """Every spec for every target. Raises ValueError where a kernel has no spec."""
+    """Every spec for every target, on all processors. Raises ValueError where a kernel has no spec."""
+    jobs = []
     for name in kernel_modules():
         specs = getattr(importlib.import_module(name), "COMPILE_SPECS", [])
         bare = [f.__name__ for f in jit_functions(name) if all(spec.kernel is not f for spec in specs)]
         if bare:
             raise ValueError(f"{name}: no COMPILE_SPECS entry for {', '.join(bare)}")
-        for spec in specs:
-            for target in targets:
-                if not spec.targets or target in spec.targets:
-                    yield compile_for(spec, target)
+        for index, spec in enumerate(specs):
+            jobs += [(name, index, target) for target in targets if not spec.targets or target in spec.targets]
+    if jobs:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(_compile, *zip(*jobs, strict=True))
 
 
 def main() -> None:
