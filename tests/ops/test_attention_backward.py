@@ -9,6 +9,7 @@ import torch
 
 import tpweave
 from tpweave.dispatch import Inputs
+from tpweave.native import _C
 from tpweave.ops.attention import ATTENTION_BWD
 from tpweave.ops.attention_varlen import ATTENTION_VARLEN_BWD
 from tpweave.reference.ops.attention import AttentionOptions, attention_reference
@@ -133,7 +134,9 @@ def check(got, want, same):
         # The saved out is rounded to the dtype, once more than in autograd's own graph; where all rows' gradients are
         # summed to one number, which is near 0, so are their errors.
         eps = 2e-2 if b.numel() == 1 and a.dtype != torch.float32 else None
-        assert_accurate(a.detach(), b, c, factor=3.0, eps=eps)
+        # The bf16 instructions round P and dS as well; `same` keeps them in fp32.
+        factor = 4.0 if a.dtype == torch.bfloat16 and _C.active_isa() == "avx512bf16" else 3.0
+        assert_accurate(a.detach(), b, c, factor=factor, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
