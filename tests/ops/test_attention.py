@@ -12,6 +12,8 @@ from tpweave.ops.attention import ATTENTION
 from tpweave.reference.ops.attention import AttentionOptions, attention_backward_reference, attention_reference
 from tpweave.testing import assert_accurate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Triton's interpreter is slow: test_attention_triton.py has cases of its own.
 BACKENDS = [row.name for row in ATTENTION.backends if row.name != "triton"]
@@ -35,15 +37,6 @@ CASES = {
     "zero scale": ((1, 100, 100, 1, 1, 16, 16), {"softmax_scale": 0.0}),
 }
 MASKS = ["none", "padding", "scattered", "one sequence hidden"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The calls are small: waking threads takes longer than what they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(shape, dtype, seed=0):

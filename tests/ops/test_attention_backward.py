@@ -16,6 +16,8 @@ from tpweave.reference.ops.attention import AttentionOptions, attention_referenc
 from tpweave.reference.ops.attention_varlen import PackedSequences, attention_varlen_reference
 from tpweave.testing import assert_accurate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("dq", "dk", "dv", "dbias", "dsinks")
 
@@ -54,15 +56,6 @@ CASES = {
 }  # fmt: skip
 for _sizes in itertools.product((1, 2), (1, 4), (1, 150), (1, 131)):
     CASES[f"bias {_sizes}"] = ((2, 150, 131, 4, 2, 32, 32), {"bias": _sizes, "causal": _sizes[0] == 1})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The calls are small: waking threads takes longer than what they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_options(settings, depth, dtype):

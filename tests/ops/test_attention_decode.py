@@ -8,16 +8,9 @@ from tpweave.ops.attention_decode import ATTENTION_DECODE
 from tpweave.testing import assert_accurate
 from tpweave.verification import DTYPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKENDS = [row.name for row in ATTENTION_DECODE.backends if row.name != "triton"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The calls are small: waking threads takes longer than what they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(

@@ -9,22 +9,14 @@ import os
 import time
 
 import pytest
-import torch
 from attention_cases import check_cases
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS = 20
 CASES = int(os.environ.get("TPWEAVE_GRID_CASES", "2000"))
 SEED = os.environ.get("TPWEAVE_GRID_SEED", "0")
 FIRST = time.time_ns() // 1000 % 10**9 if SEED == "fresh" else int(SEED)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The calls are small: waking threads takes longer than what they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))

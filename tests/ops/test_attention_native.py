@@ -13,6 +13,8 @@ from tpweave.ops.attention_problem import native_problem
 from tpweave.reference.ops.attention import AttentionOptions, attention_reference, dropout_keep, visible_keys
 from tpweave.testing import assert_accurate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # name: (B, Sq, Sk, Hq, Hkv, D, Dv), options; what stands as a shape becomes a tensor of it
@@ -43,15 +45,6 @@ CASES = {
         "dropout_p": 0.2, "seed": 3, "window": (60, 30), "head_offset": 2,
     }),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The calls are small: waking threads takes longer than what they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_options(settings, dtype):

@@ -14,6 +14,8 @@ from tpweave.reference.ops.attention import AttentionOptions, attention_referenc
 from tpweave.reference.ops.attention_varlen import PackedSequences, attention_varlen_reference
 from tpweave.testing import assert_accurate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Triton's interpreter is slow: test_attention_triton.py has cases of its own.
 BACKENDS = [row.name for row in ATTENTION_VARLEN.backends if row.name != "triton"]
@@ -59,15 +61,6 @@ CASES = {
     },
 }  # fmt: skip
 HEADS = (4, 2, 40, 24)  # Hq, Hkv, D, Dv
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The calls are small: waking threads takes longer than what they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def offsets(lengths, first=0):
