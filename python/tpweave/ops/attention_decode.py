@@ -10,7 +10,7 @@ The cache is read once for all query heads of a KV head. Sources: Dao et al., "F
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 
@@ -20,6 +20,9 @@ from tpweave.native import _C, DTYPE_CODES, data_ptr, dense_last_dim
 from tpweave.ops.attention import check_options
 from tpweave.reference.ops.attention import AttentionOptions
 from tpweave.reference.ops.attention_decode import CacheOptions, attention_decode_reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Tensor = torch.Tensor
 
@@ -262,26 +265,39 @@ def _scale(name: str, scale: Tensor | float | None, q: Tensor, k_cache: Tensor) 
     return scale.float().expand(batch, kv_heads)
 
 
+class DecodeKeywords(TypedDict, total=False):
+    """The keywords of `attention_decode`, but for `return_lse`."""
+
+    k_new: Tensor | None
+    v_new: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_interleaved: bool
+    cache_seqlens: Tensor | int | None
+    cache_batch_idx: Tensor | None
+    cache_leftpad: Tensor | None
+    block_table: Tensor | None
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    num_splits: int
+    causal: bool
+    window: tuple[int, int]
+    chunk: int
+    softmax_scale: float | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    backend: str | None
+
+
 @overload
 def attention_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, k_new: Tensor | None = ..., v_new: Tensor | None = ...,
-    rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ...,
-    cache_seqlens: Tensor | int | None = ..., cache_batch_idx: Tensor | None = ..., cache_leftpad: Tensor | None = ...,
-    block_table: Tensor | None = ..., k_scale: Tensor | float | None = ..., v_scale: Tensor | float | None = ...,
-    num_splits: int = ..., causal: bool = ..., window: tuple[int, int] = ..., chunk: int = ...,
-    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
-    sinks: Tensor | None = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
-) -> Tensor: ...  # fmt: skip
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[DecodeKeywords]
+) -> Tensor: ...
 @overload
 def attention_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, k_new: Tensor | None = ..., v_new: Tensor | None = ...,
-    rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ...,
-    cache_seqlens: Tensor | int | None = ..., cache_batch_idx: Tensor | None = ..., cache_leftpad: Tensor | None = ...,
-    block_table: Tensor | None = ..., k_scale: Tensor | float | None = ..., v_scale: Tensor | float | None = ...,
-    num_splits: int = ..., causal: bool = ..., window: tuple[int, int] = ..., chunk: int = ...,
-    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Tensor | None = ...,
-    sinks: Tensor | None = ..., return_lse: bool, backend: str | None = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, return_lse: bool, **options: Unpack[DecodeKeywords]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *, k_new: Tensor | None = None, v_new: Tensor | None = None,
     rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, rotary_interleaved: bool = False,
