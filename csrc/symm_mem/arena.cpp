@@ -22,6 +22,8 @@
 namespace tpweave {
 namespace {
 
+constexpr size_t kPage = 4096;
+
 [[noreturn]] void throw_and_close(int fd, const char* what) {
   const std::string message = system_error(what);
   close(fd);
@@ -47,41 +49,52 @@ int Arena::create(int size, const std::string& nonce) {
 }
 
 Arena::Arena(int fd, int size, const std::string& nonce)
-    : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 0)), size_(size), base_(nullptr) {
+    : fd_(fcntl(fd, F_DUPFD_CLOEXEC, 0)), size_(size), base_(nullptr), mapped_(kAddressBytes) {
   if (fd_ < 0) throw std::runtime_error(system_error("duplicating the shared arena's descriptor"));
   struct stat facts;
   if (fstat(fd_, &facts) != 0) throw_and_close(fd_, "fstat of the shared arena");
   void* base = MAP_FAILED;
   if (static_cast<size_t>(facts.st_size) >= fixed_bytes(size)) {
-    base = mmap(nullptr, fixed_bytes(size), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+    // Where address space is limited (ulimit -v), less of it. What lies beyond the memory's end is not to be touched.
+    for (; base == MAP_FAILED && mapped_ > fixed_bytes(size); mapped_ /= 2) {
+      base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd_, 0);
+      if (base != MAP_FAILED) break;
+    }
   } else {
     errno = ERANGE;
   }
   if (base == MAP_FAILED) throw_and_close(fd_, "mapping the shared arena");
   base_ = static_cast<char*>(base);
+  madvise(base_, mapped_, MADV_DONTDUMP);
   if (std::memcmp(control().nonce, nonce.data(), sizeof(ArenaControl::nonce)) != 0) {
-    munmap(base_, fixed_bytes(size_));
+    munmap(base_, mapped_);
     ::close(fd_);
     throw std::runtime_error("the shared arena is another group's");
   }
 }
 
 Arena::~Arena() {
-  for (const auto& [data, bytes] : segments_) munmap(data, bytes);
-  munmap(base_, fixed_bytes(size_));
+  munmap(base_, mapped_);
   ::close(fd_);
 }
 
-void Arena::grow(size_t bytes) {
-  if (ftruncate(fd_, static_cast<off_t>(bytes)) != 0)
-    throw std::runtime_error(system_error("growing the shared arena"));
-}
-
-char* Arena::map_segment(size_t offset, size_t bytes) {
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, static_cast<off_t>(offset));
-  if (data == MAP_FAILED) throw std::runtime_error(system_error("mapping a segment of the shared arena"));
-  segments_.emplace_back(static_cast<char*>(data), bytes);
-  return static_cast<char*>(data);
+int64_t Arena::reserve(size_t bytes) {
+  const size_t whole = (bytes + kPage - 1) / kPage * kPage;
+  const size_t offset = fixed_bytes(size_) + control().reserved.fetch_add(whole, std::memory_order_relaxed);
+  const size_t end = offset + whole;
+  if (end > mapped_) {
+    throw std::runtime_error("the shared arena is full: " + std::to_string(end) + " bytes wanted, " +
+                             std::to_string(mapped_) + " can be addressed");
+  }
+  struct stat facts;
+  if (fstat(fd_, &facts) != 0) throw std::runtime_error(system_error("fstat of the shared arena"));
+  if (static_cast<size_t>(facts.st_size) >= end || ftruncate(fd_, static_cast<off_t>(end)) == 0) {
+    return static_cast<int64_t>(offset);
+  }
+  // Another rank may have made it longer meanwhile: the seal then forbids this length, which is no longer needed.
+  const std::string refusal = system_error("growing the shared arena");
+  if (fstat(fd_, &facts) != 0 || static_cast<size_t>(facts.st_size) < end) throw std::runtime_error(refusal);
+  return static_cast<int64_t>(offset);
 }
 
 size_t Arena::held_bytes() const {

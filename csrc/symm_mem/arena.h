@@ -1,4 +1,4 @@
-// The memory that the ranks of one host share, and its layout: control lines, slots, segments added later.
+// The memory that the ranks of one host share, and its layout: control lines, slots, then what ranks reserve later.
 //
 // It is a memfd: it has no name, so nothing is left behind however the ranks end, and /dev/shm's size is no limit.
 // Pages that nobody has touched cost nothing, so slots are laid out at their full size.
@@ -10,8 +10,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <utility>
-#include <vector>
 
 namespace tpweave {
 
@@ -66,6 +64,8 @@ struct alignas(4096) ArenaControl {
   char nonce[16];
   // 0, or 1 + the rank whose FailureRecord holds.
   alignas(kSignalAlign) std::atomic<uint32_t> poison;
+  // Bytes that ranks have reserved behind the slots.
+  alignas(kSignalAlign) std::atomic<uint64_t> reserved;
   RankControl ranks[kMaxRanks];
 };
 
@@ -73,6 +73,10 @@ struct alignas(4096) ArenaControl {
 // cores, 512 KB of L2 each), all_reduce in place of 1 to 16 MB: at 2 ranks 256 KB takes 1.1 to 1.2 times as long as 512
 // KB, 128 KB 1.3 to 1.5 times, 1 MB 0.95 times; at 8 ranks 512 KB wins, and 2 MB takes 1.3 times as long.
 constexpr int64_t kSlotBytes = 512 * 1024;
+
+// Address space that a mapping of the arena takes at once, so that memory which any rank reserves later lies at its
+// offset in every process without further ado. It costs nothing until it is touched.
+constexpr size_t kAddressBytes = size_t{1} << 38;
 
 // One mapping of the arena. Several communicators of one process (ranks as threads) may share it.
 class Arena {
@@ -100,10 +104,17 @@ class Arena {
 
   static size_t fixed_bytes(int size) { return sizeof(ArenaControl) + 4 * static_cast<size_t>(size) * kSlotBytes; }
 
-  // Makes the memory at least `bytes` long, zeros at its end. One rank does this, before the others map what is new.
-  void grow(size_t bytes);
-  // Maps [offset, offset + bytes), whole pages, until the arena is unmapped.
-  char* map_segment(size_t offset, size_t bytes);
+  // Zeros of whole pages that belong to the caller from now on; any rank may reserve at any time, alone. Returns their
+  // offset. Throws std::runtime_error when the system or the address space has no more.
+  int64_t reserve(size_t bytes);
+  char* at(int64_t offset) const { return base_ + offset; }
+  // The offset of [data, data + bytes), or -1 where that is not reserved memory of this arena.
+  int64_t offset_of(const void* data, int64_t bytes) const {
+    const int64_t offset = reinterpret_cast<intptr_t>(data) - reinterpret_cast<intptr_t>(base_);
+    const bool within = offset >= static_cast<int64_t>(fixed_bytes(size_)) && bytes >= 0 &&
+                        offset <= static_cast<int64_t>(mapped_) - bytes;
+    return within ? offset : -1;
+  }
   // Bytes that the system holds for the memory: pages somebody has touched, of all ranks.
   size_t held_bytes() const;
 
@@ -111,7 +122,7 @@ class Arena {
   int fd_;
   int size_;
   char* base_;
-  std::vector<std::pair<char*, size_t>> segments_;
+  size_t mapped_;
 };
 
 // errno in words, for messages: "<what>: <strerror>".

@@ -33,8 +33,6 @@ constexpr uint64_t kStale = 250 * kMillisecond;
 // How long a rank that saw a mismatch waits for the calls of the others, to name them all.
 constexpr uint64_t kCollectFor = 1000 * kMillisecond;
 
-constexpr size_t kPage = 4096;
-
 uint64_t now_ns() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
@@ -95,6 +93,14 @@ const char* collective_name(CollectiveOp op) {
     case CollectiveOp::kReduceScatter: return "reduce_scatter";
     case CollectiveOp::kAllToAll: return "all_to_all";
     case CollectiveOp::kSymmetricBuffer: return "symmetric_buffer";
+    case CollectiveOp::kMatmulAllReduce: return "matmul_all_reduce";
+    case CollectiveOp::kAllGatherMatmul: return "all_gather_matmul";
+    case CollectiveOp::kMatmulReduceScatter: return "matmul_reduce_scatter";
+    case CollectiveOp::kAllReduceRmsNorm: return "all_reduce_rms_norm";
+    case CollectiveOp::kQuantizedAllReduce: return "quantized_all_reduce";
+    case CollectiveOp::kQuantizedAllGather: return "quantized_all_gather";
+    case CollectiveOp::kQuantizedReduceScatter: return "quantized_reduce_scatter";
+    case CollectiveOp::kDistributedTopk: return "distributed_topk";
     case CollectiveOp::kNone: break;
   }
   return "nothing";
@@ -103,10 +109,10 @@ const char* collective_name(CollectiveOp op) {
 ShmCommunicator::ShmCommunicator(std::shared_ptr<Arena> arena, std::unique_ptr<PeerWatch> watch,
                                  CommunicatorOptions options)
     : arena_(std::move(arena)),
+      heap_(std::make_shared<SymmetricHeap>(arena_)),
       watch_(std::move(watch)),
       options_(std::move(options)),
-      spins_(options_.size > options_.cores ? 1 : kSpins),
-      arena_end_(Arena::fixed_bytes(options_.size)) {
+      spins_(options_.size > options_.cores ? 1 : kSpins) {
   TPWEAVE_CHECK(options_.size >= 1 && options_.size <= kMaxRanks, "size ", options_.size, " is not in 1..", kMaxRanks);
   TPWEAVE_CHECK(options_.rank >= 0 && options_.rank < options_.size, "rank ", options_.rank, " of ", options_.size);
   void* page = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -127,6 +133,7 @@ void ShmCommunicator::close() {
   // Partner: await_slowly of the others, which looks at the awaited signal once more after seeing this.
   if (fork_guard_[0] == 1) me().left.store(1, std::memory_order_release);
   watch_.reset();
+  heap_.reset();
   arena_.reset();
 }
 
@@ -143,42 +150,57 @@ void ShmCommunicator::barrier() {
 SymmetricBuffer ShmCommunicator::symmetric_buffer(int64_t bytes, int64_t channel) {
   TPWEAVE_CHECK(bytes >= 0, "symmetric_buffer: bytes is ", bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
+  check_usable();
+  const int64_t data_bytes = (bytes + 4095) / 4096 * 4096;
+  const int64_t rank_bytes = data_bytes + kSignalBytes;
   CollectiveCall call;
   call.op = CollectiveOp::kSymmetricBuffer;
   call.fact = bytes;
   call.extra = channel;
-  enter(call);
-  const size_t data_bytes = (static_cast<size_t>(bytes) + kPage - 1) / kPage * kPage;
-  const size_t rank_bytes = data_bytes + static_cast<size_t>(kSignalBytes);
-  const size_t total = rank_bytes * static_cast<size_t>(size());
-  char* base = nullptr;
-  try {
-    if (rank() == 0) arena_->grow(arena_end_ + total);
-    publish_arrival();
-    // Everybody's arrival includes rank 0's, which came after its grow.
-    await_arrivals();
-    base = arena_->map_segment(arena_end_, total);
-  } catch (const std::runtime_error&) {
-    if (!noticed_) poison(FailureKind::kAborted, bit(rank()), 0.0);
-    noticed_ = true;
-    throw;
+  std::string refusal = "rank 0 could not grow the shared arena";
+  if (rank() == 0) {
+    try {
+      call.own = arena_->reserve(static_cast<size_t>(rank_bytes * size()));
+    } catch (const std::runtime_error& error) {
+      refusal = error.what();
+      call.own = -1;
+    }
   }
-  arena_end_ += total;
+  enter(call);
+  publish_arrival();
+  await_arrivals();
+  const int64_t offset = own_fact(0);
   leave();
+  if (offset < 0) throw std::runtime_error(refusal);
   SymmetricBuffer buffer;
   for (int r = 0; r < size(); ++r) {
-    buffer.data.push_back(base + static_cast<size_t>(r) * rank_bytes);
+    buffer.data.push_back(arena_->at(offset + r * rank_bytes));
     buffer.signals.push_back(buffer.data.back() + data_bytes);
   }
   return buffer;
 }
 
-void ShmCommunicator::enter(const CollectiveCall& call) {
+std::shared_ptr<SymmetricHeap> ShmCommunicator::heap() {
+  check_usable();
+  return heap_;
+}
+
+void ShmCommunicator::check_usable() const {
   if (arena_ == nullptr) throw GroupPoisoned("this group was destroyed; build a new one with tpweave.init");
   if (fork_guard_[0] != 1) {
     throw GroupPoisoned(
         "this process was forked from a rank; its parent owns the group. Build another with tpweave.init");
   }
+}
+
+void ShmCommunicator::abandon() {
+  if (noticed_) return;
+  poison(FailureKind::kAborted, bit(rank()), 0.0);
+  noticed_ = true;
+}
+
+void ShmCommunicator::enter(const CollectiveCall& call) {
+  check_usable();
   if (noticed_) check_poison();
   ++sequence_;
   op_ = call.op;
@@ -377,7 +399,9 @@ std::string ShmCommunicator::describe_calls(uint64_t sequence) const {
           call = concat(line.facts[0], " rows, sends ", list, " bytes, receives ", list_text(counts[1], line.facts[2]));
           break;
         case CollectiveOp::kSymmetricBuffer: call = concat(line.facts[0], " bytes, channel #", line.facts[1]); break;
-        default: call.clear();
+        case CollectiveOp::kBarrier:
+        case CollectiveOp::kNone: call.clear(); break;
+        default: call = concat(dtype, " ", list, ", ", line.facts[0], ", ", line.facts[1]);
       }
       call = concat(collective_name(op), "(", call, ")");
     }

@@ -26,6 +26,7 @@
 
 #include "common/dtype.h"
 #include "symm_mem/arena.h"
+#include "symm_mem/heap.h"
 #include "symm_mem/peers.h"
 
 namespace tpweave {
@@ -54,7 +55,15 @@ enum class CollectiveOp : uint32_t {
   kAllGather,
   kReduceScatter,
   kAllToAll,
-  kSymmetricBuffer
+  kSymmetricBuffer,
+  kMatmulAllReduce,
+  kAllGatherMatmul,
+  kMatmulReduceScatter,
+  kAllReduceRmsNorm,
+  kQuantizedAllReduce,
+  kQuantizedAllGather,
+  kQuantizedReduceScatter,
+  kDistributedTopk
 };
 
 const char* collective_name(CollectiveOp op);
@@ -69,7 +78,7 @@ struct CollectiveCall {
   const int64_t* list = nullptr;
   int list_size = 0;
   const int64_t* received = nullptr;
-  int64_t own = 0;  // this rank's alone
+  int64_t own = 0;  // this rank's alone, e.g. the offset of its tensor in the arena
 };
 
 struct CommunicatorOptions {
@@ -132,6 +141,15 @@ class ShmCommunicator {
   // Before the first publish_step of a call with a pipeline: the number of its last step.
   void begin_steps(int64_t last_step) { last_step_ = base_step_ + static_cast<uint64_t>(last_step); }
   void leave() { base_step_ = last_step_; }
+  // Gives up in the middle of a call: the other ranks raise, and this one in every later call.
+  void abandon();
+
+  // Memory of this rank's own that its peers can address; no collective. Valid also after close(), while it is held.
+  std::shared_ptr<SymmetricHeap> heap();
+  // The offset that peers know [data, data + bytes) by, or -1 where it is not in the arena.
+  int64_t offset_of(const void* data, int64_t bytes) const { return arena_ ? arena_->offset_of(data, bytes) : -1; }
+  // The memory of any rank at an offset that its owner published.
+  char* at(int64_t offset) const { return arena_->at(offset); }
 
   char* arrival_slot(int rank) const { return arena_->arrival_slot(rank, sequence_); }
   char* chunk_slot(int rank, int64_t chunk) const { return arena_->chunk_slot(rank, chunk); }
@@ -169,14 +187,16 @@ class ShmCommunicator {
   [[noreturn]] void raise(const FailureRecord& record);
   std::string describe_calls(uint64_t sequence) const;
 
+  void check_usable() const;
+
   std::shared_ptr<Arena> arena_;
+  std::shared_ptr<SymmetricHeap> heap_;
   std::unique_ptr<PeerWatch> watch_;
   CommunicatorOptions options_;
   int spins_;
   uint64_t sequence_ = 0;   // of the current or last call; the first is 1
   uint64_t base_step_ = 0;  // progress of all ranks when the current call began
   uint64_t last_step_ = 0;  // progress of all ranks when it will have ended
-  size_t arena_end_;        // where the next segment begins, equal on all ranks
   CollectiveOp op_ = CollectiveOp::kNone;
   bool noticed_ = false;  // the failure has been raised once, with its reason
   std::mutex mutex_;

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "common/check.h"
 #include "cpu/comm/all_gather.h"
 #include "cpu/comm/all_reduce.h"
 #include "cpu/comm/all_to_all.h"
@@ -64,6 +65,52 @@ std::pair<std::vector<uintptr_t>, std::vector<uintptr_t>> symmetric_buffer(ShmCo
 
 using Widths = std::vector<int64_t>;
 
+// Memory of a rank's heap as Python's buffer protocol shows it: tensors over it keep it, also after the group's end.
+struct HeapBlock {
+  HeapBlock(std::shared_ptr<SymmetricHeap> from, int64_t size)
+      : heap(std::move(from)), bytes(size), data(heap->allocate(size)) {}
+  ~HeapBlock() { heap->release(data); }
+  HeapBlock(const HeapBlock&) = delete;
+  HeapBlock& operator=(const HeapBlock&) = delete;
+
+  std::shared_ptr<SymmetricHeap> heap;
+  int64_t bytes;
+  char* data;
+};
+
+// The steps of a collective whose work between them is Python's. `begin` holds the communicator until `end`.
+void begin(ShmCommunicator& comm, int op, int dtype, int64_t fact, int64_t extra, const std::vector<int64_t>& list,
+           int64_t own) {
+  TPWEAVE_CHECK(list.size() <= static_cast<size_t>(kMaxRanks), "a call publishes at most ", kMaxRanks, " sizes, got ",
+                list.size());
+  std::unique_lock<std::mutex> lock(comm.mutex());
+  comm.enter({static_cast<CollectiveOp>(op), static_cast<DType>(dtype), fact, extra, list.data(),
+              static_cast<int>(list.size()), nullptr, own});
+  lock.release();
+}
+
+void end(ShmCommunicator& comm) {
+  comm.leave();
+  comm.mutex().unlock();
+}
+
+void abandon(ShmCommunicator& comm) {
+  comm.abandon();
+  comm.mutex().unlock();
+}
+
+void arrive(ShmCommunicator& comm, int64_t last_step) {
+  comm.begin_steps(last_step);
+  comm.publish_arrival();
+}
+
+std::vector<int64_t> await_arrivals(ShmCommunicator& comm) {
+  comm.await_arrivals();
+  std::vector<int64_t> own;
+  for (int rank = 0; rank < comm.size(); ++rank) own.push_back(comm.own_fact(rank));
+  return own;
+}
+
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // `shape`: a tuple, or None where the number of elements says enough.
@@ -103,6 +150,14 @@ void register_shm_communicator(py::module_& m) {
   m.def(
       "shm_arena_create", [](int size, const py::bytes& nonce) { return Arena::create(size, std::string(nonce)); },
       py::arg("size"), py::arg("nonce"));
+  py::dict codes;
+  for (uint32_t op = 0; op <= static_cast<uint32_t>(CollectiveOp::kDistributedTopk); ++op) {
+    codes[collective_name(static_cast<CollectiveOp>(op))] = op;
+  }
+  m.attr("COLLECTIVE_CODES") = codes;
+  py::class_<HeapBlock>(m, "HeapBlock", py::buffer_protocol()).def_buffer([](HeapBlock& block) {
+    return py::buffer_info(block.data, 1, py::format_descriptor<uint8_t>::format(), block.bytes);
+  });
   py::class_<ShmCommunicator>(m, "ShmCommunicator")
       .def(py::init(&connect), py::arg("arena_fd"), py::arg("nonce"), py::arg("rank"), py::arg("size"),
            py::arg("cores"), py::arg("timeout"), py::arg("pidfds"), py::arg("sockets"))
@@ -119,6 +174,20 @@ void register_shm_communicator(py::module_& m) {
       .def("set_timeout", &ShmCommunicator::set_timeout)
       .def("symmetric_buffer", &symmetric_buffer, py::arg("bytes"), py::arg("channel"),
            py::call_guard<py::gil_scoped_release>())
+      .def("allocate",
+           [](ShmCommunicator& comm, int64_t bytes) { return std::make_unique<HeapBlock>(comm.heap(), bytes); })
+      .def("offset_of", [](const ShmCommunicator& comm, uintptr_t address,
+                           int64_t bytes) { return comm.offset_of(pointer(address), bytes); })
+      .def("address_of",
+           [](const ShmCommunicator& comm, int64_t offset) { return reinterpret_cast<uintptr_t>(comm.at(offset)); })
+      .def("begin", &begin, py::arg("op"), py::arg("dtype"), py::arg("fact"), py::arg("extra"), py::arg("sizes"),
+           py::arg("own"), py::call_guard<py::gil_scoped_release>())
+      .def("arrive", &arrive, py::arg("last_step"), py::call_guard<py::gil_scoped_release>())
+      .def("await_arrivals", &await_arrivals, py::call_guard<py::gil_scoped_release>())
+      .def("publish_step", &ShmCommunicator::publish_step)
+      .def("await_step", &ShmCommunicator::await_step, py::call_guard<py::gil_scoped_release>())
+      .def("end", &end)
+      .def("abandon", &abandon)
       .def("close", &ShmCommunicator::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("rank", &ShmCommunicator::rank)
       .def_property_readonly("size", &ShmCommunicator::size)

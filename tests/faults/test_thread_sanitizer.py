@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = [
-    "csrc/symm_mem/arena.cpp", "csrc/symm_mem/communicator.cpp", "csrc/symm_mem/peers.cpp",
+    "csrc/symm_mem/arena.cpp", "csrc/symm_mem/communicator.cpp", "csrc/symm_mem/heap.cpp", "csrc/symm_mem/peers.cpp",
     "csrc/cpu/comm/all_gather.cpp", "csrc/cpu/comm/all_reduce.cpp", "csrc/cpu/comm/all_to_all.cpp",
     "csrc/cpu/comm/reduce_scatter.cpp", "csrc/common/cpu_features.cpp", "tests/faults/shm_stress.cpp",
 ]  # fmt: skip

@@ -12,10 +12,13 @@ names or LOCAL_WORLD_SIZE. Building a group is therefore a collective: all its r
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any, Union
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -113,6 +116,31 @@ class TPGroup:
     def poisoned(self) -> bool:
         """Whether an earlier failure made the group unusable; `tpweave.init` builds a new one."""
         return self.failure is not None or (self.shm is not None and self.shm.poisoned)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An uninitialised CPU tensor that collectives of this group need not copy for their peers to read.
+
+        On the "shm" transport it lies in the memory that the ranks share, elsewhere it is an ordinary one. No
+        collective: each rank makes its tensors when it likes. The memory is kept for the group's next tensors when the
+        tensor dies.
+
+        Args:
+            shape: its sizes.
+            dtype: its dtype.
+
+        Raises:
+            GroupPoisonedError: the group was destroyed, or belongs to the process that this one was forked from.
+
+        Example:
+            >>> partial = group.empty((4, 4096), torch.bfloat16)
+            >>> torch.mm(a, b, out=partial)
+            >>> tpweave.all_reduce_(partial, group)
+        """
+        numel = math.prod(shape)
+        if self.shm is None or numel == 0:
+            return torch.empty(*shape, dtype=dtype)
+        block = self.shm.allocate(numel * dtype.itemsize)
+        return torch.frombuffer(block, dtype=dtype, count=numel).view(*shape)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value` in rank order, over torch.distributed: for agreeing on facts, not for speed."""
@@ -235,8 +263,6 @@ def _join_world() -> dist.ProcessGroup | None:
     """Initialise torch.distributed from torchrun's environment; None when nobody else was started."""
     present = [name for name in _TORCHRUN_VARIABLES if os.environ.get(name)]
     if len(present) == len(_TORCHRUN_VARIABLES):
-        import torch
-
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return dist.group.WORLD
     if "WORLD_SIZE" in present and os.environ["WORLD_SIZE"] != "1":
