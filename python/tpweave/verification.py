@@ -143,6 +143,11 @@ def _decode(inputs: Sequence[Any], backend: str | None, **options: Any) -> tuple
     return out, lse, *(cache if cache.is_floating_point() else cache.to(out.dtype) for cache in caches)
 
 
+def _there_and_back(x: Tensor, bits: int, seed: int | None, backend: str | None) -> Tensor:
+    codes, scales = tpweave.quantize_blocks(x, bits, seed=seed, backend=backend)
+    return tpweave.dequantize_blocks(codes, scales, x.shape, bits=bits, backend=backend)
+
+
 def _uneven(draw: Draw) -> list[int]:
     return [3 + rank for rank in range(draw.ranks)]
 
@@ -251,6 +256,16 @@ CHECKS: tuple[Check, ...] = (
         "merge_attention", "3 parts",
         lambda d: [d.normal(2, 5, 3, 40) for _ in range(3)] + [d.normal(2, 3, 5).float() for _ in range(3)],
         lambda i, backend, _: tpweave.merge_attention(i[:3], i[3:], backend=backend),
+    ),
+    *(
+        Check(
+            "quantize_blocks", f"7x131 int{bits}{'' if seed is None else ' stochastic'}",
+            lambda d: (d.normal(7, 131),),
+            lambda i, backend, _, bits=bits, seed=seed: _there_and_back(i[0], bits, seed, backend),
+            gradients=False,
+        )
+        for bits in (8, 4)
+        for seed in (None, 3)
     ),
     *(
         Check(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import tpweave
-from tpweave.reference.ops.attention import dropout_keep, philox
+from tpweave.reference.ops.attention import dropout_keep
+from tpweave.reference.philox import philox
 
 NAMES = ["chunk", "softcap", "alibi", "alibi of batch", "sinks", "bias", "bias of keys", "mask", "dropout", "all"]
 
