@@ -15,7 +15,7 @@ DIR ?= out
 ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 EMULATION := $(wildcard tests/emulation/*.h)
 PYTHON_SOURCES := $(shell find python kernels benchmarks -name '*.py')
 
@@ -66,7 +66,7 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --dir $(DIR)
 
 clean:
-	rm -rf build dist python/*.egg-info *.egg-info python/tpweave/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist python/*.egg-info *.egg-info python/tpweave/_C*.so python/tpweave/_cuda*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(VENV)/.built
 
 $(VENV)/.made: constraints.txt .ci/preflight.py

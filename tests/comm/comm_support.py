@@ -32,8 +32,10 @@ def numbers(shape, dtype, rank, step=0):
 
 
 def rows_of(op):
-    """None (as dispatched) and the table's rows; Triton rows have tests of their own, made for the interpreter."""
-    return (None, *(row.name for row in op.backends if row.name != "triton")) if op is not None else (None,)
+    """None (as dispatched) and the table's rows; those for GPUs have tests of their own, interpreted or emulated."""
+    return (
+        (None, *(row.name for row in op.backends if row.name not in ("triton", "cuda"))) if op is not None else (None,)
+    )
 
 
 def cases(op, checks):

@@ -16,6 +16,7 @@ import torch
 
 from tpweave.comm.call import check_tensor, direct, local_objection, pg_objection
 from tpweave.dispatch import Backend, Inputs, Needs, Op
+from tpweave.distributed.cuda_memory import channel, cuda_objection, current_stream
 from tpweave.distributed.exchange import agree, describe, exchange_all, flat_bytes, gather_into
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, check_splits
@@ -42,6 +43,21 @@ def all_gather_shm(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]) -
     return out
 
 
+def all_gather_cuda(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]) -> Tensor:
+    """By the copy engines: each rank copies the others' shards out of their memory."""
+    x = x.contiguous()
+    shape = x.shape
+    out = x.new_empty((*shape[:dim], sum(splits), *shape[dim + 1 :]))
+    if out.numel() > 0:
+        rows, inner = prod(shape[:dim]), prod(shape[dim + 1 :]) * x.element_size()
+        made = channel(group, x.device, "all_gather", rows * max(splits) * inner)
+        stream = current_stream(x.device)
+        widths = [size * inner for size in splits]
+        made.all_gather_begin(x.data_ptr(), out.data_ptr(), rows, widths, 1, group.timeout, stream)
+        made.all_gather_end(group.timeout, stream)
+    return out
+
+
 def all_gather_pg(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]) -> Tensor:
     shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in splits]
     full = (*x.shape[:dim], sum(splits), *x.shape[dim + 1 :])
@@ -60,6 +76,7 @@ def all_gather_pg(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]) ->
 ALL_GATHER = Op("all_gather", [
     Backend("local", all_gather_local, Needs(rules=(local_objection,))),
     Backend("shm", all_gather_shm, Needs(device="cpu", transport="shm")),
+    Backend("cuda", all_gather_cuda, Needs(device="cuda", rules=(cuda_objection,))),
     Backend("pg", all_gather_pg, Needs(rules=(pg_objection,))),
     Backend("reference", all_gather_reference, Needs()),
 ])  # fmt: skip

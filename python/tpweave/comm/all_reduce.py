@@ -18,8 +18,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.graph import increment_version
 
-from tpweave.comm.call import SUM_CODES, check_tensor, direct, local_objection, native_sum_objection, pg_objection
+from tpweave.comm.call import (
+    SUM_CODES,
+    check_tensor,
+    direct,
+    float_objection,
+    local_objection,
+    native_sum_objection,
+    pg_objection,
+)
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
+from tpweave.distributed.cuda_memory import channel, cuda_objection, current_stream
 from tpweave.distributed.exchange import agree, describe, exchange_all, exchange_pieces
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.peer_memory import peer_memory, peer_memory_objection
@@ -34,9 +43,10 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 
-def float_objection(inputs: Inputs) -> str | None:
-    """A rule of the Triton row, which adds in fp32."""
-    return None if all(tensor.is_floating_point() for tensor in inputs.tensors) else "adds floating-point numbers only"
+# Up to this many bytes one-shot: where vLLM's custom all-reduce changes over on NVLink, by the number of ranks (always
+# one-shot for two). Not measured here.
+_ONE_SHOT_BYTES = {3: 512 << 10, 4: 512 << 10}
+_ONE_SHOT_BYTES_OF_MORE = 256 << 10
 
 
 def all_reduce_local(x: Tensor, group: TPGroup) -> Tensor:
@@ -63,6 +73,21 @@ def all_reduce_pg(x: Tensor, group: TPGroup) -> Tensor:
     return torch.cat(exchange_all(sum_in_rank_order(pieces), group, numels)).view(x.shape)
 
 
+def all_reduce_cuda(x: Tensor, group: TPGroup) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() > 0:
+        limit = _ONE_SHOT_BYTES.get(group.size, _ONE_SHOT_BYTES_OF_MORE)
+        two_shot = group.size > 2 and x.nbytes > limit
+        # Two halves, of multiples of 16 bytes.
+        made = channel(group, x.device, "all_reduce", 2 * (x.nbytes + 15))
+        made.all_reduce(
+            x.data_ptr(), out.data_ptr(), x.numel(), SUM_CODES[x.dtype], two_shot, group.timeout,
+            current_stream(x.device),
+        )  # fmt: skip
+    return out
+
+
 def all_reduce_triton(x: Tensor, group: TPGroup) -> Tensor:
     from tpweave.kernels.comm.all_reduce import all_reduce_fwd
 
@@ -76,6 +101,7 @@ def all_reduce_triton(x: Tensor, group: TPGroup) -> Tensor:
 ALL_REDUCE = Op("all_reduce", [
     Backend("local", all_reduce_local, Needs(rules=(local_objection,))),
     Backend("shm", all_reduce_shm, Needs(device="cpu", transport="shm", rules=(native_sum_objection,))),
+    Backend("cuda", all_reduce_cuda, Needs(device="cuda", dtypes=FLOATS, rules=(float_objection, cuda_objection))),
     Backend("triton", all_reduce_triton, Needs(
         device="cuda", dtypes=FLOATS, module="triton", rules=(float_objection, peer_memory_objection))),
     Backend("pg", all_reduce_pg, Needs(rules=(pg_objection,))),

@@ -52,6 +52,11 @@ def native_sum_objection(inputs: Inputs) -> str | None:
     return next((f"does not add {str(d).removeprefix('torch.')}" for d in dtypes if d not in SUM_CODES), None)
 
 
+def float_objection(inputs: Inputs) -> str | None:
+    """A rule of the rows that add in fp32 on a GPU."""
+    return None if all(tensor.is_floating_point() for tensor in inputs.tensors) else "adds floating-point numbers only"
+
+
 def pg_objection(inputs: Inputs) -> str | None:
     """A rule of every `pg` row."""
     group: Any = inputs.group

@@ -1,5 +1,7 @@
 """Memory of peers for Triton kernels: tables of addresses that a kernel follows to every rank's data and signals.
 
+The CUDA kernels' memory is in `cuda_memory.py`; `connect` prepares both.
+
     tensors   memory                                          reached through
     cpu       the group's arena (TRITON_INTERPRET=1, tests)   tpweave.distributed.symmetric_memory
     cuda      torch.distributed._symmetric_memory             `connect(group, device)` first: a collective
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from tpweave.dispatch import Inputs
+from tpweave.distributed.cuda_memory import agree_on_library, zeroed_memory
 from tpweave.distributed.group import TPGroup
 from tpweave.distributed.symmetric_memory import SIGNAL_BYTES, symmetric_buffer
 
@@ -62,7 +65,8 @@ def connect(group: TPGroup, device: torch.device) -> str | None:
     """Try peer memory between the ranks' GPUs: a collective of the group.
 
     Returns:
-        None when all ranks have it, so that Triton collectives run on this group from then on; else why not, in words.
+        None when all ranks have it, so that Triton and CUDA collectives run on this group from then on; else why not,
+        in words.
 
     Example:
         >>> reason = connect(tpweave.init(), torch.device("cuda", 0))
@@ -76,6 +80,7 @@ def connect(group: TPGroup, device: torch.device) -> str | None:
     first = next((f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why is not None), None)
     if first is None and memory is not None:
         _memories.setdefault(group, {})[device.type] = memory
+        agree_on_library(group, device)
     return first
 
 
@@ -118,19 +123,11 @@ def _cpu_memory(group: TPGroup, device: torch.device, nbytes: int, sequence: int
 
 
 def _cuda_memory(group: TPGroup, device: torch.device, nbytes: int, sequence: int) -> PeerMemory:
-    import torch.distributed._symmetric_memory as symm_mem
-
-    assert group.process_group is not None
     half = _aligned(nbytes)
     # Signals first, then the data.
-    memory = symm_mem.empty(SIGNAL_BYTES + 2 * half, dtype=torch.uint8, device=device)
-    memory.zero_()
-    handle = symm_mem.rendezvous(memory, group=group.process_group)
-    # Nobody may signal before all words are zero.
-    torch.cuda.synchronize(device)
-    group.all_gather_object(None)
-    signals = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    addresses, keep = zeroed_memory(group, device, SIGNAL_BYTES + 2 * half)
+    signals = torch.tensor(addresses, dtype=torch.int64, device=device)
     return PeerMemory(
         group.rank, group.size, group.timeout, half, signals + SIGNAL_BYTES, signals,
-        torch.zeros(1, dtype=torch.int32, pin_memory=True), sequence, (memory, handle),
+        torch.zeros(1, dtype=torch.int32, pin_memory=True), sequence, keep,
     )  # fmt: skip

@@ -1,0 +1,113 @@
+// h = sum over ranks of x + residual, rounded once; normed = h * rsqrt(mean(h^2) + eps) * weight.
+//
+// One-shot: every rank sums every row, for the few rows of a decode step. A block handles whole rows, so that the norm
+// needs no other block. Signals and halves as in all_reduce.cu.
+#include "cuda/comm/all_reduce_rms_norm.h"
+
+#include "cuda/block.cuh"
+#include "cuda/comm/reduce.cuh"
+
+namespace tpweave {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    all_reduce_rms_norm_kernel(const __grid_constant__ Peers peers, const __grid_constant__ AllReduceRmsNorm args,
+                               int64_t half_bytes, uint32_t digest) {
+  constexpr int kInput = 0;
+  constexpr int N = kVector<T>;
+  Call call = begin_call(peers, digest);
+  const int64_t H = args.hidden;
+  const int64_t vectors = (H + N - 1) / N;
+  const int64_t half = static_cast<int64_t>(call.sequence % 2) * half_bytes;
+  const int row_of_signals = static_cast<int>(blockIdx.x);
+  const bool rows_aligned = H % N == 0;
+
+  const T* x = static_cast<const T*>(args.x);
+  const bool x_aligned = rows_aligned && is_aligned(x);
+  uint4* mine = reinterpret_cast<uint4*>(peers.data(peers.rank) + half);
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
+      mine[row * vectors + v] = load_vector(x + row * H, v * N, H, x_aligned);
+    }
+  }
+  publish(peers, call, row_of_signals, kInput);
+  const bool came = await_all(peers, call, row_of_signals, kInput);
+
+  const T* weight = static_cast<const T*>(args.weight);
+  const bool weight_aligned = is_aligned(weight);
+  const bool residual_aligned = rows_aligned && is_aligned(args.residual);
+  const bool out_aligned = rows_aligned && is_aligned(args.residual_out);
+  const bool normed_aligned = rows_aligned && is_aligned(args.normed);
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    const T* residual = static_cast<const T*>(args.residual) + row * H;
+    T* h = static_cast<T*>(args.residual_out) + row * H;
+    T* normed = static_cast<T*>(args.normed) + row * H;
+    float squares = 0.0f;
+    for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
+      uint4 bits = not_a_number<T>();
+      if (came) {
+        float total[N];
+        sum_over_ranks<T>(peers, half + (row * vectors + v) * 16, total);
+        if (args.residual != nullptr) {
+          float before[N];
+          unpack(load_vector(residual, v * N, H, residual_aligned), before, T{});
+#pragma unroll
+          for (int i = 0; i < N; ++i) total[i] += before[i];
+        }
+        bits = pack(total, T{});
+      }
+      store_vector(h, v * N, H, out_aligned, bits);
+      // The norm reads the rounded sum, as the layer after it does. Beyond the row's end it is zero.
+      float rounded[N];
+      unpack(bits, rounded, T{});
+#pragma unroll
+      for (int i = 0; i < N; ++i) squares += rounded[i] * rounded[i];
+    }
+    const float rstd = rsqrtf(block_sum(squares) / static_cast<float>(H) + args.eps);
+    // Each thread reads what it has written itself.
+    for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
+      float values[N];
+      unpack(load_vector(h, v * N, H, out_aligned), values, T{});
+#pragma unroll
+      for (int i = 0; i < N; ++i) values[i] *= rstd;
+      if (weight != nullptr) {
+        float scale[N];
+        unpack(load_vector(weight, v * N, H, weight_aligned), scale, T{});
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] *= scale[i];
+      }
+      store_vector(normed, v * N, H, normed_aligned, pack(values, T{}));
+    }
+  }
+  end_call(peers, call);
+}
+
+}  // namespace
+
+int64_t all_reduce_rms_norm_bytes(int64_t rows, int64_t hidden, DType dtype) {
+  const int64_t row = (hidden * static_cast<int64_t>(dtype_size(dtype)) + 15) / 16 * 16;
+  return rows * row;
+}
+
+void all_reduce_rms_norm(const Channel& channel, const AllReduceRmsNorm& args, DType dtype, double timeout,
+                         cudaStream_t stream) {
+  const int64_t bytes = all_reduce_rms_norm_bytes(args.rows, args.hidden, dtype);
+  TPWEAVE_CHECK(bytes > 0 && bytes <= channel.half_bytes(), args.rows, " rows of ", args.hidden,
+                " do not fit in a half of ", channel.half_bytes(), " bytes");
+  const uint32_t digest = digest_of(
+      {'n', static_cast<int>(dtype), args.rows, args.hidden, args.residual != nullptr, args.weight != nullptr});
+  const int blocks = static_cast<int>(args.rows < kMaxBlocks ? args.rows : kMaxBlocks);
+  const DeviceGuard guard(channel.device());
+  const auto run = [&](auto kernel) {
+    launch(kernel, blocks, kReduceThreads, stream, channel.peers(timeout), args, channel.half_bytes(), digest);
+  };
+  switch (dtype) {
+    case DType::kFloat32: return run(all_reduce_rms_norm_kernel<float>);
+    case DType::kBFloat16: return run(all_reduce_rms_norm_kernel<BFloat16>);
+    case DType::kFloat16: return run(all_reduce_rms_norm_kernel<Float16>);
+    default: TPWEAVE_CHECK(false, "takes float32, bfloat16 and float16, not ", dtype_name(dtype));
+  }
+}
+
+}  // namespace tpweave
