@@ -38,6 +38,7 @@ class Bench:
         make: `make(**case.values)` -> inputs, the same on all ranks but for the data.
         ours: inputs -> result; rivals: name -> the same for an alternative (the first is the headline ratio's).
         check: inputs, our result -> None, raises when wrong; runs before any timing, on every rank.
+        alone: inputs -> the local work of one call of a collective without its communication; None where there is none.
         flops, bytes: inputs -> work of one call on one rank (bytes read plus written), for rates; None where it
             says nothing.
         extra_bytes: inputs -> memory that one call takes beside its inputs and outputs, as measured; None where it is
@@ -53,6 +54,7 @@ class Bench:
     ours: Callable[[Any], Any]
     rivals: dict[str, Callable[[Any], Any]]
     check: Callable[[Any, Any], None]
+    alone: Callable[[Any], Any] | None = None
     flops: Callable[[Any], float] | None = None
     bytes: Callable[[Any], float] | None = None
     extra_bytes: Callable[[Any], int] | None = None

@@ -33,12 +33,6 @@ constexpr uint64_t kStale = 250 * kMillisecond;
 // How long a rank that saw a mismatch waits for the calls of the others, to name them all.
 constexpr uint64_t kCollectFor = 1000 * kMillisecond;
 
-uint64_t now_ns() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
-}
-
 void sleep_ns(uint64_t ns) {
   const timespec length{0, static_cast<long>(ns)};
   nanosleep(&length, nullptr);
@@ -193,6 +187,17 @@ void ShmCommunicator::check_usable() const {
   }
 }
 
+void ShmCommunicator::start_trace() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  trace_ = std::make_unique<Trace>();
+}
+
+Trace ShmCommunicator::take_trace() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::unique_ptr<Trace> taken = std::move(trace_);
+  return taken == nullptr ? Trace{} : std::move(*taken);
+}
+
 void ShmCommunicator::abandon() {
   if (noticed_) return;
   poison(FailureKind::kAborted, bit(rank()), 0.0);
@@ -206,6 +211,7 @@ void ShmCommunicator::enter(const CollectiveCall& call) {
   op_ = call.op;
   last_step_ = base_step_;
   ArrivalLine& line = arrival(rank());
+  if (trace_ != nullptr) call_began_ = monotonic_ns();
   line.op = static_cast<uint32_t>(call.op);
   line.dtype = static_cast<uint32_t>(call.dtype);
   const bool pairwise = call.op == CollectiveOp::kAllToAll;
@@ -217,9 +223,13 @@ void ShmCommunicator::enter(const CollectiveCall& call) {
   for (int i = 0; pairwise && i < call.list_size; ++i) counts[1][i] = call.received[i];
 }
 
-void ShmCommunicator::publish_arrival() { arrival(rank()).sequence.store(sequence_, std::memory_order_release); }
+void ShmCommunicator::publish_arrival() {
+  const TraceSpan span(trace(), "publish arrival");
+  arrival(rank()).sequence.store(sequence_, std::memory_order_release);
+}
 
 void ShmCommunicator::await_arrivals() {
+  const TraceSpan span(trace(), "wait for arrivals");
   // A failed group's ranks may have arrived before they failed: without this, a rank could complete one more call.
   if (poisoned()) check_poison();
   bool all_agree = true;
@@ -259,7 +269,7 @@ bool ShmCommunicator::finished(int peer) const {
 }
 
 void ShmCommunicator::await_slowly(int peer, const std::atomic<uint64_t>& signal, uint64_t target) {
-  const uint64_t start = now_ns();
+  const uint64_t start = monotonic_ns();
   const uint64_t limit = static_cast<uint64_t>(options_.timeout * 1e9);
   uint64_t next_watch = start + kWatchEvery;
   uint64_t next_interrupt = start + kInterruptEvery;
@@ -269,7 +279,7 @@ void ShmCommunicator::await_slowly(int peer, const std::atomic<uint64_t>& signal
       sched_yield();
       if (reached()) return;
     }
-    const uint64_t now = now_ns();
+    const uint64_t now = monotonic_ns();
     const uint64_t waited = now - start;
     // Partner: ranks_late of a rank whose time is up. No data goes with it.
     me().heartbeat.store(now, std::memory_order_relaxed);
@@ -366,9 +376,9 @@ void ShmCommunicator::raise(const FailureRecord& record) {
 
 // Waits a little for the arrivals of ranks that are still on their way.
 void ShmCommunicator::collect_arrivals() {
-  const uint64_t end = now_ns() + kCollectFor;
+  const uint64_t end = monotonic_ns() + kCollectFor;
   for (int peer = 0; peer < size(); ++peer) {
-    while (arrival(peer).sequence.load(std::memory_order_acquire) < sequence_ && now_ns() < end &&
+    while (arrival(peer).sequence.load(std::memory_order_acquire) < sequence_ && monotonic_ns() < end &&
            !watch_->gone(peer)) {
       sleep_ns(kMillisecond / 5);
     }

@@ -28,6 +28,7 @@
 #include "symm_mem/arena.h"
 #include "symm_mem/heap.h"
 #include "symm_mem/peers.h"
+#include "symm_mem/trace.h"
 
 namespace tpweave {
 
@@ -130,9 +131,11 @@ class ShmCommunicator {
   // Steps count from 1 within a call, the same on all ranks, and rise in the order of a rank's publishing.
   // Partner: await_step of the ranks that read what is published, or write over what was read (release / acquire).
   void publish_step(int64_t step) {
+    const TraceSpan span(trace(), "publish", -1, step);
     me().progress.value.store(base_step_ + static_cast<uint64_t>(step), std::memory_order_release);
   }
   void await_step(int peer, int64_t step) {
+    const TraceSpan span(trace(), "wait", peer, step);
     await(peer, control().ranks[peer].progress.value, base_step_ + static_cast<uint64_t>(step));
   }
   void await_step_of_all(int64_t step) {
@@ -140,9 +143,17 @@ class ShmCommunicator {
   }
   // Before the first publish_step of a call with a pipeline: the number of its last step.
   void begin_steps(int64_t last_step) { last_step_ = base_step_ + static_cast<uint64_t>(last_step); }
-  void leave() { base_step_ = last_step_; }
+  void leave() {
+    base_step_ = last_step_;
+    if (trace_ != nullptr) trace_->push_back({collective_name(op_), -1, 0, call_began_, monotonic_ns()});
+  }
   // Gives up in the middle of a call: the other ranks raise, and this one in every later call.
   void abandon();
+
+  // From `start_trace` on, every call, publish, wait and TraceSpan over `trace()` is noted, until `take_trace`.
+  void start_trace();
+  Trace take_trace();
+  Trace* trace() const { return trace_.get(); }
 
   // Memory of this rank's own that its peers can address; no collective. Valid also after close(), while it is held.
   std::shared_ptr<SymmetricHeap> heap();
@@ -198,6 +209,8 @@ class ShmCommunicator {
   uint64_t base_step_ = 0;  // progress of all ranks when the current call began
   uint64_t last_step_ = 0;  // progress of all ranks when it will have ended
   CollectiveOp op_ = CollectiveOp::kNone;
+  std::unique_ptr<Trace> trace_;
+  uint64_t call_began_ = 0;
   bool noticed_ = false;  // the failure has been raised once, with its reason
   std::mutex mutex_;
   // A page that the kernel empties in a forked child, whose writes to the arena would pass for its parent's.

@@ -17,12 +17,18 @@ void exchange(ShmCommunicator& comm, int64_t piece, Fill&& fill, Total&& total, 
   const auto input = [](int64_t chunk) { return 2 * chunk - 1; };
   const auto released = [](int64_t chunk) { return 2 * chunk + 2; };
 
-  fill(comm.arrival_slot(comm.rank()), 0, piece);
+  {
+    const TraceSpan span(comm.trace(), "copy in");
+    fill(comm.arrival_slot(comm.rank()), 0, piece);
+  }
   comm.publish_arrival();
   comm.await_arrivals();
   const int64_t chunks = (total() + piece - 1) / piece;
   if (chunks <= 1) {
-    drain([&](int peer) { return comm.arrival_slot(peer); }, 0, piece, [](int) {});
+    {
+      const TraceSpan span(comm.trace(), "read");
+      drain([&](int peer) { return comm.arrival_slot(peer); }, 0, piece, [](int) {});
+    }
     comm.leave();
     return;
   }
@@ -31,10 +37,12 @@ void exchange(ShmCommunicator& comm, int64_t piece, Fill&& fill, Total&& total, 
     if (c < chunks) {
       // The slot's last piece was c-2; piece 0 lay in the arrival slot. Partner: released(c-2) below.
       if (c > 2) comm.await_step_of_all(released(c - 2));
+      const TraceSpan span(comm.trace(), "copy in", -1, c);
       fill(comm.chunk_slot(comm.rank(), c), c * piece, (c + 1) * piece);
       comm.publish_step(input(c));
     }
     const int64_t read = c - 1;
+    const TraceSpan span(comm.trace(), "read", -1, read);
     drain([&](int peer) { return read == 0 ? comm.arrival_slot(peer) : comm.chunk_slot(peer, read); }, read * piece,
           c * piece,
           [&](int peer) {

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "bindings.h"
 #include "common/check.h"
 #include "cpu/comm/all_gather.h"
@@ -111,6 +113,17 @@ std::vector<int64_t> await_arrivals(ShmCommunicator& comm) {
   return own;
 }
 
+// (name, peer, step, begin, end) of each event.
+using TraceRow = std::tuple<std::string, int, int64_t, uint64_t, uint64_t>;
+
+std::vector<TraceRow> take_trace(ShmCommunicator& comm) {
+  std::vector<TraceRow> rows;
+  for (const TraceEvent& event : comm.take_trace()) {
+    rows.emplace_back(event.name, event.peer, event.step, event.begin, event.end);
+  }
+  return rows;
+}
+
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 // `shape`: a tuple, or None where the number of elements says enough.
@@ -187,6 +200,8 @@ void register_shm_communicator(py::module_& m) {
       .def("publish_step", &ShmCommunicator::publish_step)
       .def("await_step", &ShmCommunicator::await_step, py::call_guard<py::gil_scoped_release>())
       .def("end", &end)
+      .def("start_trace", &ShmCommunicator::start_trace, py::call_guard<py::gil_scoped_release>())
+      .def("take_trace", &take_trace)
       .def("abandon", &abandon)
       .def("close", &ShmCommunicator::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("rank", &ShmCommunicator::rank)

@@ -23,6 +23,10 @@ DTYPE_CODES: dict[torch.dtype, int] = {
 }
 
 
+# Name of each collective -> the code that the ranks' headers carry.
+COLLECTIVE_CODES: dict[str, int] = _C.COLLECTIVE_CODES
+
+
 def data_ptr(tensor: torch.Tensor | None) -> int:
     """The address of a tensor's first element as the kernels take it, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -54,4 +58,4 @@ def empty_dense(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-__all__ = ["DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "empty_dense", "new_output"]
+__all__ = ["COLLECTIVE_CODES", "DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "empty_dense", "new_output"]

@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tpweave.cli import bench, demo, explain, info, verify
+from tpweave.cli import bench, demo, explain, info, trace, verify
 from tpweave.cli.output import UsageError
 from tpweave.version import __version__
 
-COMMANDS = (info, verify, explain, bench, demo)
+COMMANDS = (info, verify, explain, bench, trace, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tpweave.native import _C
+from tpweave.native import COLLECTIVE_CODES
 
 if TYPE_CHECKING:
     from tpweave.distributed.group import TPGroup
-
-_CODES: dict[str, int] = _C.COLLECTIVE_CODES
 
 
 class SteppedCall:
@@ -53,7 +51,7 @@ class SteppedCall:
         own: int = 0,
     ) -> None:
         self._shm: Any = group.shm
-        self._begin = (_CODES[op], dtype, fact, extra, sizes, own)
+        self._begin = (COLLECTIVE_CODES[op], dtype, fact, extra, sizes, own)
 
     def __enter__(self) -> SteppedCall:
         self._shm.begin(*self._begin)
