@@ -8,6 +8,9 @@ import torch  # loads the OpenMP runtime that _C looks up; must come first
 
 from tpweave import _C
 
+# Whether plain calls may go straight to their kernels (csrc/common/plain_call.h): this torch has DLPack's C interface.
+HAS_PLAIN_CALLS: bool = _C.attach_torch(torch)
+
 # csrc/common/dtype.h holds the same codes.
 DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float32: 0,
@@ -58,4 +61,6 @@ def empty_dense(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-__all__ = ["COLLECTIVE_CODES", "DTYPE_CODES", "_C", "data_ptr", "dense_last_dim", "empty_dense", "new_output"]
+__all__ = [
+    "COLLECTIVE_CODES", "DTYPE_CODES", "HAS_PLAIN_CALLS", "_C", "data_ptr", "dense_last_dim", "empty_dense", "new_output",
+]  # fmt: skip

@@ -297,12 +297,16 @@ void forward(const char* op, const AttentionIntegers& integers, const AttentionR
   args.problem = make_attention_problem(op, integers, reals);
   args.out = pointer(out);
   args.lse = pointer<float>(lse);
+  run_attention(op, args);
+}
+
+}  // namespace
+
+void run_attention(const char* op, const AttentionForward& args) {
   TPWEAVE_CHECK(args.problem.depth <= kMaxHeadDim && args.problem.depth_v <= kMaxHeadDim, op, ": head dims are ",
                 args.problem.depth, " and ", args.problem.depth_v, ", the kernel takes up to ", kMaxHeadDim);
   Forward(args).run();
 }
-
-}  // namespace
 
 void register_attention(py::module_& m) {
   m.def("attention_fwd", &forward, py::call_guard<py::gil_scoped_release>());

@@ -82,7 +82,11 @@ AttentionProblem make_attention_problem(const char* op, const AttentionIntegers&
   p.scale = static_cast<float>(reals[0]);
   p.softcap = static_cast<float>(reals[1]);
   p.dropout_p = reals[2];
+  check_attention_problem(op, p, total_keys, table_width);
+  return p;
+}
 
+void check_attention_problem(const char* op, const AttentionProblem& p, int64_t total_keys, int64_t table_width) {
   TPWEAVE_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, op, ": ", p.heads, " query heads on ", p.kv_heads,
                 " KV heads");
   TPWEAVE_CHECK(p.depth >= 1 && p.depth_v >= 1, op, ": head dims are ", p.depth, " and ", p.depth_v);
@@ -101,7 +105,6 @@ AttentionProblem make_attention_problem(const char* op, const AttentionIntegers&
   }
   // A table without columns has no address.
   if (p.page_size > 0) check_pages(op, p, total_keys, table_width);
-  return p;
 }
 
 }  // namespace tpweave

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
+from torch.compiler import is_compiling
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
@@ -320,6 +321,13 @@ def attention(
         >>> q, k, v = torch.randn(1, 128, 8, 64), torch.randn(1, 128, 2, 64), torch.randn(1, 128, 2, 64)
         >>> out, lse = tpweave.attention(q, k, v, causal=True, return_lse=True)
     """
+    if backend is None and not is_compiling():
+        done = _C.attention_plain(
+            q, k, v, mask, bias, alibi_slopes, sinks, causal, window, chunk, softmax_scale, softcap, dropout_p,
+            return_lse,
+        )  # fmt: skip
+        if done is not None:
+            return done
     check_heads("attention", q, k, v, dims="batch, sequence, heads, head dim")
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}; batch {q.shape[0]} must match")

@@ -17,6 +17,7 @@ import itertools
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
+from torch.compiler import is_compiling
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
@@ -323,6 +324,13 @@ def attention_varlen(
         >>> q, k, v = torch.randn(12, 8, 64), torch.randn(12, 2, 64), torch.randn(12, 2, 64)
         >>> out = tpweave.attention_varlen(q, k, v, lengths, lengths, 7, 7, causal=True)
     """
+    if backend is None and not is_compiling():
+        done = _C.attention_varlen_plain(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k, mask, bias,
+            alibi_slopes, sinks, causal, window, chunk, softmax_scale, softcap, dropout_p, return_lse,
+        )  # fmt: skip
+        if done is not None:
+            return done
     _check_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
     shape = (len(cu_seqlens_q) - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
     check_options(

@@ -9,6 +9,7 @@ Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
@@ -143,6 +144,10 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str = "silu", *, backend: s
     Example:
         >>> y = tpweave.gated_activation(*merged.chunk(2, -1), "silu")
     """
+    if backend is None and not is_compiling():
+        done = _C.gated_activation_plain(gate, up, KIND_CODES.get(kind))
+        if done is not None:
+            return done
     if kind not in KIND_CODES:
         raise ValueError(f"gated_activation: kind is '{kind}'; it takes {', '.join(KIND_CODES)}")
     if gate.dim() == 0 or not gate.is_floating_point():

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import overload
 
 import torch
+from torch.compiler import is_compiling
 
 from tpweave.dispatch import Backend, Inputs, Needs, Op
 from tpweave.library import is_plain_call, register_op
@@ -199,6 +200,10 @@ def layer_norm(
     Example:
         >>> y, h = tpweave.layer_norm(x, weight, bias, residual=h)
     """
+    if backend is None and not is_compiling():
+        done = _C.layer_norm_plain(x, weight, bias, eps, residual)
+        if done is not None:
+            return done
     check_norm("layer_norm", x, weight, bias, residual)
     if is_plain_call(x, weight, bias, residual):
         row = LAYER_NORM.choose(Inputs((x, weight, bias, residual)), backend)

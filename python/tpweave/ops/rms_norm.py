@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import overload
 
 import torch
+from torch.compiler import is_compiling
 
 from tpweave.dispatch import Backend, Inputs, Needs, Op
 from tpweave.library import is_plain_call, register_op
@@ -166,6 +167,10 @@ def rms_norm(
     Example:
         >>> y, h = tpweave.rms_norm(x, weight, 1e-6, residual=h)
     """
+    if backend is None and not is_compiling():
+        done = _C.rms_norm_plain(x, weight, None, eps, residual)
+        if done is not None:
+            return done
     check_norm("rms_norm", x, weight, None, residual)
     if is_plain_call(x, weight, residual):
         row = RMS_NORM.choose(Inputs((x, weight, residual)), backend)

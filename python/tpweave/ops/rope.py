@@ -9,6 +9,7 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
@@ -121,6 +122,10 @@ def rope(
         >>> angles = torch.outer(torch.arange(S), 10000.0 ** (-torch.arange(0, D, 2) / D))
         >>> q, k = tpweave.rope(q, k, angles.cos(), angles.sin())
     """
+    if backend is None and not is_compiling():
+        done = _C.rope_plain(q, k, cos, sin, interleaved, False)
+        if done is not None:
+            return done
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"rope needs q [B, S, Hq, D] and k [B, S, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.dtype != k.dtype or not q.is_floating_point():
