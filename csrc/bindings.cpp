@@ -32,9 +32,9 @@ PYBIND11_MODULE(_C, m) {
   register_gated_activation(m);
   register_matmul_all_reduce(m);
   register_norms(m);
-  register_quantize_blocks(m);
   register_plain_attention(m);
   register_plain_calls(m);
+  register_quantize_blocks(m);
   register_rope(m);
   register_shm_communicator(m);
 }

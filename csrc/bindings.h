@@ -13,9 +13,9 @@ void register_attention_decode(pybind11::module_& m);
 void register_gated_activation(pybind11::module_& m);
 void register_matmul_all_reduce(pybind11::module_& m);
 void register_norms(pybind11::module_& m);
-void register_quantize_blocks(pybind11::module_& m);
 void register_plain_attention(pybind11::module_& m);
 void register_plain_calls(pybind11::module_& m);
+void register_quantize_blocks(pybind11::module_& m);
 void register_rope(pybind11::module_& m);
 void register_shm_communicator(pybind11::module_& m);
 
