@@ -62,5 +62,12 @@ def empty_dense(x: torch.Tensor) -> torch.Tensor:
 
 
 __all__ = [
-    "COLLECTIVE_CODES", "DTYPE_CODES", "HAS_PLAIN_CALLS", "_C", "data_ptr", "dense_last_dim", "empty_dense", "new_output",
-]  # fmt: skip
+    "COLLECTIVE_CODES",
+    "DTYPE_CODES",
+    "HAS_PLAIN_CALLS",
+    "_C",
+    "data_ptr",
+    "dense_last_dim",
+    "empty_dense",
+    "new_output",
+]
