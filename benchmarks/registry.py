@@ -35,6 +35,7 @@ class Bench:
         stem: the op's stem; of a model's benchmark its own name.
         cases: what is measured.
         gpu_cases: what is measured on a GPU; `cases` when empty.
+        sweep: many more cases, measured only where they are asked for by name.
         make: `make(**case.values)` -> inputs, the same on all ranks but for the data.
         ours: inputs -> result; rivals: name -> the same for an alternative (the first is the headline ratio's).
         check: inputs, our result -> None, raises when wrong; runs before any timing, on every rank.
@@ -61,6 +62,7 @@ class Bench:
     world_size: int = 1
     mpi_rivals: tuple[str, ...] = ()
     gpu_cases: tuple[Case, ...] = ()
+    sweep: tuple[Case, ...] = ()
 
 
 class BenchRequestError(ValueError):

@@ -194,7 +194,9 @@ def _forced_backend(stem: str, backend: str | None) -> Iterator[None]:
 
 def selected_cases(bench: Bench, options: Options) -> list[Case]:
     """The cases that `options.only` leaves; BenchRequestError when it leaves none."""
-    cases = [case for case in bench.cases if options.only is None or options.only in case.name]
+    if options.only is None:
+        return list(bench.cases)
+    cases = [case for case in (*bench.cases, *bench.sweep) if options.only in case.name]
     if not cases:
         names = ", ".join(f"'{case.name}'" for case in bench.cases)
         raise BenchRequestError(f"no case of {bench.stem} holds '{options.only}'; there are: {names}")

@@ -113,6 +113,8 @@ class ShmCommunicator {
   size_t workspace_bytes() const { return arena_ == nullptr ? 0 : arena_->held_bytes(); }
   void set_timeout(double seconds) { options_.timeout = seconds; }
   std::mutex& mutex() { return mutex_; }
+  // Of the current or last call. Having passed the arrivals of call q, every rank has left all calls before q.
+  uint64_t sequence() const { return sequence_; }
 
   // Tells the others that this rank will not come again, and gives everything back. Waits for no rank.
   void close();

@@ -8,8 +8,10 @@
 #include "bindings.h"
 #include "common/check.h"
 #include "cpu/comm/all_gather.h"
+#include "cpu/comm/all_gather_matmul.h"
 #include "cpu/comm/all_reduce.h"
 #include "cpu/comm/all_to_all.h"
+#include "cpu/comm/matmul_reduce_scatter.h"
 #include "cpu/comm/reduce_scatter.h"
 #include "symm_mem/communicator.h"
 
@@ -78,6 +80,13 @@ struct HeapBlock {
   std::shared_ptr<SymmetricHeap> heap;
   int64_t bytes;
   char* data;
+};
+
+// Memory of whichever rank, likewise: its owner sees to it that it stays what it is while others read it.
+struct ArenaView {
+  std::shared_ptr<SymmetricHeap> heap;
+  char* data;
+  int64_t bytes;
 };
 
 // The steps of a collective whose work between them is Python's. `begin` holds the communicator until `end`.
@@ -154,6 +163,37 @@ void bind_all_to_all(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t
   all_to_all(comm, pointer(in), pointer(out), outer, in_inner_bytes, out_inner_bytes);
 }
 
+// (begin, outer stride, outer, rows, columns, row stride): a `ProductPart`.
+using Part = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+ProductPart product_part(const Part& part) {
+  return {std::get<0>(part), std::get<1>(part), std::get<2>(part),
+          std::get<3>(part), std::get<4>(part), std::get<5>(part)};
+}
+
+void bind_sum_product_part(const std::vector<uintptr_t>& sources, const Part& part, uintptr_t bias, uintptr_t out,
+                           int source, int dtype, bool average) {
+  std::vector<const void*> addresses;
+  for (const uintptr_t address : sources) addresses.push_back(pointer(address));
+  sum_product_part(addresses.data(), static_cast<int>(addresses.size()), product_part(part),
+                   {pointer(bias), pointer(out), static_cast<DType>(source), static_cast<DType>(dtype), average});
+}
+
+uint64_t bind_matmul_reduce_scatter(ShmCommunicator& comm, uintptr_t product, int64_t bytes, const Part& part,
+                                    uintptr_t bias, uintptr_t out, int source, int dtype, bool average,
+                                    const Widths& splits, int64_t fact, int64_t extra) {
+  return matmul_reduce_scatter(
+      comm, pointer(product), bytes, product_part(part),
+      {pointer(bias), pointer(out), static_cast<DType>(source), static_cast<DType>(dtype), average}, splits, fact,
+      extra);
+}
+
+uint64_t bind_all_gather_matmul_gather(ShmCommunicator& comm, uintptr_t whole, int64_t outer, const Widths& inner_bytes,
+                                       int dtype, int64_t fact, int64_t extra, bool lent) {
+  return all_gather_matmul_gather(comm, pointer(whole), outer, inner_bytes, static_cast<DType>(dtype), fact, extra,
+                                  lent);
+}
+
 }  // namespace
 
 void register_shm_communicator(py::module_& m) {
@@ -171,6 +211,10 @@ void register_shm_communicator(py::module_& m) {
   py::class_<HeapBlock>(m, "HeapBlock", py::buffer_protocol()).def_buffer([](HeapBlock& block) {
     return py::buffer_info(block.data, 1, py::format_descriptor<uint8_t>::format(), block.bytes);
   });
+  py::class_<ArenaView>(m, "ArenaView", py::buffer_protocol()).def_buffer([](ArenaView& view) {
+    return py::buffer_info(view.data, 1, py::format_descriptor<uint8_t>::format(), view.bytes);
+  });
+  m.def("sum_product_part", &bind_sum_product_part, py::call_guard<py::gil_scoped_release>());
   py::class_<ShmCommunicator>(m, "ShmCommunicator")
       .def(py::init(&connect), py::arg("arena_fd"), py::arg("nonce"), py::arg("rank"), py::arg("size"),
            py::arg("cores"), py::arg("timeout"), py::arg("pidfds"), py::arg("sockets"))
@@ -183,6 +227,8 @@ void register_shm_communicator(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def("all_to_all", &bind_all_to_all, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
            py::arg("in_inner_bytes"), py::arg("out_inner_bytes"), py::call_guard<py::gil_scoped_release>())
+      .def("matmul_reduce_scatter", &bind_matmul_reduce_scatter, py::call_guard<py::gil_scoped_release>())
+      .def("all_gather_matmul_gather", &bind_all_gather_matmul_gather, py::call_guard<py::gil_scoped_release>())
       .def("barrier", &ShmCommunicator::barrier, py::call_guard<py::gil_scoped_release>())
       .def("set_timeout", &ShmCommunicator::set_timeout)
       .def("symmetric_buffer", &symmetric_buffer, py::arg("bytes"), py::arg("channel"),
@@ -193,6 +239,10 @@ void register_shm_communicator(py::module_& m) {
                            int64_t bytes) { return comm.offset_of(pointer(address), bytes); })
       .def("address_of",
            [](const ShmCommunicator& comm, int64_t offset) { return reinterpret_cast<uintptr_t>(comm.at(offset)); })
+      .def("view",
+           [](ShmCommunicator& comm, int64_t offset, int64_t bytes) {
+             return std::make_unique<ArenaView>(ArenaView{comm.heap(), comm.at(offset), bytes});
+           })
       .def("begin", &begin, py::arg("op"), py::arg("dtype"), py::arg("fact"), py::arg("extra"), py::arg("sizes"),
            py::arg("own"), py::call_guard<py::gil_scoped_release>())
       .def("arrive", &arrive, py::arg("last_step"), py::call_guard<py::gil_scoped_release>())
@@ -206,6 +256,7 @@ void register_shm_communicator(py::module_& m) {
       .def("close", &ShmCommunicator::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("rank", &ShmCommunicator::rank)
       .def_property_readonly("size", &ShmCommunicator::size)
+      .def_property_readonly("sequence", &ShmCommunicator::sequence)
       .def_property_readonly("workspace_bytes", &ShmCommunicator::workspace_bytes)
       .def_property_readonly("poisoned", &ShmCommunicator::poisoned);
 }

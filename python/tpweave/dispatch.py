@@ -75,6 +75,7 @@ class Needs:
         module: Python module that must be installed.
         transport: transport that the group must have agreed on, e.g. "shm".
         rules: further pure functions `Inputs -> reason or None`.
+        advice: more of them: why the row, which takes the inputs, is only chosen where it is named.
     """
 
     device: str | None = None
@@ -83,6 +84,7 @@ class Needs:
     module: str | None = None
     transport: str | None = None
     rules: tuple[Rule, ...] = field(default=())
+    advice: tuple[Rule, ...] = field(default=())
 
     def why_not(self, inputs: Inputs) -> str | None:
         """None when this backend takes `inputs`, else the reason in words."""
@@ -117,10 +119,11 @@ class Needs:
         return None
 
     def only_if_named(self, inputs: Inputs) -> str | None:
-        """Why a backend that takes `inputs` is not chosen by itself: Triton's interpreter is for tests."""
+        """Why a backend that takes `inputs` is not chosen by itself: Triton's interpreter is for tests, and a row may
+        advise against itself."""
         if self.module == "triton" and any(t.device.type == "cpu" for t in inputs.tensors):
             return "runs in Triton's interpreter, only where it is named"
-        return None
+        return next((reason for rule in self.advice if (reason := rule(inputs)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -237,5 +240,6 @@ def explain(op: str, *tensors: torch.Tensor | None, group: Any = None, **values:
     ops = load_ops()
     if op not in ops:
         raise ValueError(f"no operation '{op}'; there are: {', '.join(sorted(ops))}")
-    rows = ops[op].supported(Inputs(tensors, group=group, **values))
+    inputs = Inputs(tensors, group=group, **values)
+    rows = [(row.name, row.needs.why_not(inputs) or row.needs.only_if_named(inputs)) for row in ops[op].backends]
     return Explanation(op, rows, next((name for name, reason in rows if reason is None), None))

@@ -106,6 +106,10 @@ def _attention_inputs(draw: Draw) -> tuple[Tensor, ...]:
     return draw.normal(2, 33, 4, 40), draw.normal(2, 45, 2, 40), draw.normal(2, 45, 2, 24), seen
 
 
+def _gathered(result: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    return [result[0], *result[1]]
+
+
 def _packed(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
 
@@ -313,6 +317,31 @@ CHECKS: tuple[Check, ...] = (
             collective=True,
         )
         for rows in (1, 40)
+    ),
+    *(
+        Check(
+            "matmul_reduce_scatter", f"uneven 2x(3+r)x48x56 dim {dim} bias",
+            lambda d: (d.normal(2, sum(_uneven(d)), 48), d.normal(56, 48), d.shared_normal(56), _uneven(d)),
+            lambda i, backend, group, dim=dim: tpweave.matmul_reduce_scatter(
+                i[0], i[1].t(), "avg", dim, group, splits=i[3] if dim == 1 else None, bias=i[2], backend=backend
+            ),
+            collective=True,
+        )
+        for dim in (1, 2)
+    ),
+    *(
+        Check(
+            "all_gather_matmul", f"uneven 2x(3+r)x48 onto 56 and 7 columns, dim {dim}",
+            lambda d, dim=dim: (
+                d.normal(2, 3 + d.rank, 48).movedim(1, dim), d.normal(56, 48 if dim == 1 else sum(_uneven(d))),
+                d.normal(7, 48 if dim == 1 else sum(_uneven(d))), d.normal(7), _uneven(d),
+            ),
+            lambda i, backend, group, dim=dim: _gathered(tpweave.all_gather_matmul(
+                i[0], [i[1].t(), i[2].t()], dim, group, splits=i[4], biases=[None, i[3]], backend=backend
+            )),
+            collective=True,
+        )
+        for dim in (1, 2)
     ),
 )  # fmt: skip
 

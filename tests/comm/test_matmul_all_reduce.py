@@ -5,7 +5,8 @@ import torch
 from comm_support import ALL_WORLDS, FLOATS, assert_check, assert_ranks_disagree, cases, numbers, same_bits_on_all_ranks
 
 import tpweave
-from tpweave.comm.matmul_all_reduce import MATMUL_ALL_REDUCE, SMALL_ROWS, small_matmul
+from tpweave.comm.local_matmul import SMALL_ROWS, small_matmul
+from tpweave.comm.matmul_all_reduce import MATMUL_ALL_REDUCE
 from tpweave.distributed.splits import even_splits
 from tpweave.testing import assert_accurate
 
@@ -33,17 +34,18 @@ def test_small_matmul_matches_float64(isa, dtype, transposed):
         bias = torch.randn(columns).to(dtype)
         for added in (None, bias):
             want = a.double() @ b.double() + (0 if added is None else added.double())
-            got = small_matmul(a, b, added)
-            assert got.dtype == torch.float32
+            got = small_matmul(a, b, added, torch.empty(rows, columns))
+            narrow = small_matmul(a, b, added, torch.empty(rows, columns, dtype=dtype))
+            assert torch.equal(narrow, got.to(dtype))
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6 * max(1, depth) ** 0.5 * 8)
 
 
 def test_small_matmul_has_the_same_bits_with_any_number_of_threads():
     a, b = torch.randn(3, 512), torch.randn(777, 512).t()
-    want = small_matmul(a, b, None)
+    want = small_matmul(a, b, None, torch.empty(3, 777))
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(small_matmul(a, b, None), want)
+        assert torch.equal(small_matmul(a, b, None, torch.empty(3, 777)), want)
 
 
 def inputs_of(case, dtype, group, step=0):

@@ -9,12 +9,12 @@
 
 namespace tpweave {
 
-// out[m, n] = sum_k a[m, k] * b[k, n] + bias[n]. Elements are of one dtype (fp32, bf16, fp16), out is fp32.
+// out[m, n] = sum_k a[m, k] * b[k, n] + bias[n]. Elements are of one dtype (fp32, bf16, fp16), out is of that or fp32.
 struct SmallMatmul {
   const void* packed_a;  // [rows, packed_depth(depth)], as pack_a leaves it
   const void* b;
   const void* bias;  // [columns] or null
-  float* out;        // [rows, columns], dense
+  void* out;         // [rows, columns], dense
   int64_t rows;      // at most kMaxRows
   int64_t columns;
   int64_t depth;
@@ -29,8 +29,8 @@ struct SmallMatmulKernels {
   // Copies a [rows, depth] into the form that multiply reads, zeros after `depth`. 4 * packed_depth bytes a row.
   void (*pack_a)(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype,
                  void* packed);
-  // Computes columns [begin, end).
-  void (*multiply)(const SmallMatmul& args, DType dtype, int64_t begin, int64_t end);
+  // Computes columns [begin, end); `wide`: out is fp32.
+  void (*multiply)(const SmallMatmul& args, DType dtype, bool wide, int64_t begin, int64_t end);
 };
 
 // The depth of a packed row: whole vectors on every instruction set.

@@ -9,7 +9,7 @@ namespace TPWEAVE_ISA_NAMESPACE {
 namespace {
 
 // Dense columns of b: kColumns dot products with kRows rows of a at once.
-template <typename T, int kRows, int kColumns>
+template <typename T, typename Out, int kRows, int kColumns>
 TPWEAVE_INLINE void dot_block(const SmallMatmul& args, int64_t row, int64_t column) {
   typedef DotOf<T> Dot;
   const int64_t K = args.depth;
@@ -42,34 +42,35 @@ TPWEAVE_INLINE void dot_block(const SmallMatmul& args, int64_t row, int64_t colu
     }
   }
   const T* bias = static_cast<const T*>(args.bias);
+  Out* out = static_cast<Out*>(args.out) + row * args.columns + column;
   for (int m = 0; m < kRows; ++m) {
     for (int n = 0; n < kColumns; ++n) {
       const float start = bias != nullptr ? to_float(bias[column + n]) : 0.0f;
-      args.out[(row + m) * args.columns + column + n] = start + reduce_add(sums[m][n]);
+      from_float(start + reduce_add(sums[m][n]), out + m * args.columns + n);
     }
   }
 }
 
 // One row needs several sums in flight to hide the FMA's latency, four rows fill the registers.
-template <typename T, int kColumns>
+template <typename T, typename Out, int kColumns>
 TPWEAVE_INLINE void dot_columns(const SmallMatmul& args, int64_t column) {
   int64_t row = 0;
-  for (; row + 4 <= args.rows; row += 4) dot_block<T, 4, kColumns>(args, row, column);
-  for (; row + 2 <= args.rows; row += 2) dot_block<T, 2, kColumns>(args, row, column);
-  for (; row < args.rows; ++row) dot_block<T, 1, kColumns>(args, row, column);
+  for (; row + 4 <= args.rows; row += 4) dot_block<T, Out, 4, kColumns>(args, row, column);
+  for (; row + 2 <= args.rows; row += 2) dot_block<T, Out, 2, kColumns>(args, row, column);
+  for (; row < args.rows; ++row) dot_block<T, Out, 1, kColumns>(args, row, column);
 }
 
-template <typename T>
+template <typename T, typename Out>
 void multiply_dense_columns(const SmallMatmul& args, int64_t begin, int64_t end) {
   // 4 x 3 sums, 3 weights and 1 activation are AVX2's 16 registers.
   constexpr int kColumns = kLanes == 16 ? 4 : 3;
   int64_t column = begin;
   if (args.rows == 1) {
-    for (; column + 4 <= end; column += 4) dot_block<T, 1, 4>(args, 0, column);
+    for (; column + 4 <= end; column += 4) dot_block<T, Out, 1, 4>(args, 0, column);
   } else {
-    for (; column + kColumns <= end; column += kColumns) dot_columns<T, kColumns>(args, column);
+    for (; column + kColumns <= end; column += kColumns) dot_columns<T, Out, kColumns>(args, column);
   }
-  for (; column < end; ++column) dot_columns<T, 1>(args, column);
+  for (; column < end; ++column) dot_columns<T, Out, 1>(args, column);
 }
 
 // Dense rows of b: kDepth of them, scaled, are added to the sums at once, so that a sum is loaded and stored once for
@@ -100,7 +101,7 @@ TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, 
   }
 }
 
-template <typename T>
+template <typename T, typename Out>
 void multiply_dense_rows(const SmallMatmul& args, int64_t begin, int64_t end) {
   const T* bias = static_cast<const T*>(args.bias);
   // The sums take half of L1, side by side: rows of `out` may be a power of two apart and fall into one cache set.
@@ -116,8 +117,10 @@ void multiply_dense_rows(const SmallMatmul& args, int64_t begin, int64_t end) {
     for (; k + 8 <= args.depth; k += 8) add_rows<T, 8>(args, k, from, count, sums);
     for (; k < args.depth; ++k) add_rows<T, 1>(args, k, from, count, sums);
     for (int64_t m = 0; m < args.rows; ++m) {
-      __builtin_memcpy(args.out + m * args.columns + from, sums + m * count,
-                       static_cast<size_t>(count) * sizeof(float));
+      Out* out = static_cast<Out*>(args.out) + m * args.columns + from;
+      int64_t n = 0;
+      for (; n + kLanes <= count; n += kLanes) store(out + n, load(sums + m * count + n));
+      if (n < count) store_partial(out + n, load_partial(sums + m * count + n, count - n), count - n);
     }
   }
 }
@@ -150,20 +153,25 @@ void pack_a(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool d
   }
 }
 
-template <typename T>
+template <typename T, typename Out>
 void multiply_typed(const SmallMatmul& args, int64_t begin, int64_t end) {
   if (args.dense_columns) {
-    multiply_dense_columns<T>(args, begin, end);
+    multiply_dense_columns<T, Out>(args, begin, end);
   } else {
-    multiply_dense_rows<T>(args, begin, end);
+    multiply_dense_rows<T, Out>(args, begin, end);
   }
 }
 
-void multiply(const SmallMatmul& args, DType dtype, int64_t begin, int64_t end) {
+template <typename T>
+void multiply_typed(const SmallMatmul& args, bool wide, int64_t begin, int64_t end) {
+  wide ? multiply_typed<T, float>(args, begin, end) : multiply_typed<T, T>(args, begin, end);
+}
+
+void multiply(const SmallMatmul& args, DType dtype, bool wide, int64_t begin, int64_t end) {
   switch (dtype) {
-    case DType::kBFloat16: multiply_typed<BFloat16>(args, begin, end); break;
-    case DType::kFloat16: multiply_typed<Float16>(args, begin, end); break;
-    default: multiply_typed<float>(args, begin, end); break;
+    case DType::kBFloat16: return multiply_typed<BFloat16>(args, wide, begin, end);
+    case DType::kFloat16: return multiply_typed<Float16>(args, wide, begin, end);
+    default: return multiply_typed<float, float>(args, begin, end);
   }
 }
 

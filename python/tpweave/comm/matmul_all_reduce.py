@@ -12,17 +12,16 @@ Dims: M rows (all leading dims of a together), K this rank's depth, N columns, R
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from tpweave.comm.all_reduce import all_reduce_pg
 from tpweave.comm.call import SUM_CODES, direct, local_objection, pg_objection
-from tpweave.dispatch import FLOATS, HALF, Backend, Inputs, Needs, Op
+from tpweave.comm.local_matmul import as_rows, local_matmul, wide_dtype
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.library import register_op
-from tpweave.native import _C, DTYPE_CODES
 from tpweave.reference.comm.matmul_all_reduce import matmul_all_reduce_reference
 
 if TYPE_CHECKING:
@@ -30,45 +29,12 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-# Up to this many rows the kernel beats torch (16 rows, K 2048, N 4096, one thread of Zen 3: fp32 4.7 against 7.7 ms).
-SMALL_ROWS = 16
-
-
-def _native(dtype: torch.dtype, rows: int) -> bool:
-    """Whether the kernel multiplies: few rows of any dtype, and all of bf16 and fp16 where torch has no instructions
-    for them (bf16, 64 rows as above: 15 against 99 ms)."""
-    if dtype in HALF and _C.active_isa() != "avx512bf16":
-        return True
-    return dtype in FLOATS and rows <= SMALL_ROWS
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., N] as [M, N]; N may be 0."""
-    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
-
-
-def small_matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """a @ b + bias in fp32, [M, N], by the kernel that reads b once."""
-    a = a if a.stride(1) == 1 else a.contiguous()
-    b = b if 1 in b.stride() else b.contiguous()
-    stride_k, stride_n = b.stride()
-    bias = None if bias is None else bias.contiguous()
-    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
-    _C.small_matmul(
-        a.data_ptr(), a.stride(0), b.data_ptr(), stride_k, stride_n, 0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), a.shape[0], b.shape[1], b.shape[0], DTYPE_CODES[a.dtype],
-    )  # fmt: skip
-    return out
-
 
 def matmul_all_reduce_shm(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGroup) -> Tensor:
-    rows = _rows(a)
+    rows = as_rows(a)
+    out = torch.empty(rows.shape[0], b.shape[1], dtype=wide_dtype(rows))
     # Rank 0's partial product brings the bias, so that it is added once and before the rounding.
-    bias = bias if group.rank == 0 else None
-    if _native(a.dtype, rows.shape[0]):
-        out = small_matmul(rows, b, bias)
-    else:
-        out = rows @ b if bias is None else torch.addmm(bias, rows, b)
+    local_matmul(rows, b, bias if group.rank == 0 else None, out=out)
     group.shm.all_reduce(out.data_ptr(), out.data_ptr(), out.numel(), SUM_CODES[out.dtype], out.shape)
     return out.to(a.dtype).view(*a.shape[:-1], b.shape[1])
 
@@ -107,9 +73,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     a, b = ctx.saved_tensors
-    rows_dy = _rows(dy)
+    rows_dy = as_rows(dy)
     da = dy @ b.t() if ctx.needs_input_grad[0] else None
-    db = _rows(a).t() @ rows_dy if ctx.needs_input_grad[1] else None
+    db = as_rows(a).t() @ rows_dy if ctx.needs_input_grad[1] else None
     dbias = rows_dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
     return da, db, dbias, None, None
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Union
@@ -49,6 +50,7 @@ class TPGroup:
         shm: the native communicator of the "shm" transport, else None.
         failure: why no more collective runs over torch.distributed, in words; None while all is well.
         calling, calls: the last op that went over torch.distributed, and how many there have been.
+        lent: (sequence of the call, tensor): memory of this rank that others may still read, see `lend`.
         symmetric_buffers: by channel; `tpweave.distributed.symmetric_memory.symmetric_buffer` fills it.
     """
 
@@ -72,6 +74,8 @@ class TPGroup:
         self.destroyed = False
         self.failure: str | None = None
         self.calling, self.calls = "nothing", 0
+        self.lent: list[tuple[int, torch.Tensor]] = []
+        self._lending = threading.Lock()
         self.symmetric_buffers: dict[str, SymmetricBuffer] = {}
         self.shm: Any = None
         self.transport_reason: str | None = "the group has one rank"
@@ -142,6 +146,15 @@ class TPGroup:
         block = self.shm.allocate(numel * dtype.itemsize)
         return torch.frombuffer(block, dtype=dtype, count=numel).view(*shape)
 
+    def lend(self, sequence: int, tensor: torch.Tensor) -> None:
+        """Keep a tensor of `empty` that peers may read after this rank has left the call of number `sequence`.
+
+        Everybody's arrival at that call proves that all ranks have left the earlier ones: their tensors are let go.
+        """
+        with self._lending:
+            self.lent = [(number, kept) for number, kept in self.lent if number >= sequence]
+            self.lent.append((sequence, tensor))
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value` in rank order, over torch.distributed: for agreeing on facts, not for speed."""
         if self.size == 1:
@@ -156,6 +169,7 @@ class TPGroup:
             return
         self.destroyed = True
         self.symmetric_buffers.clear()
+        self.lent.clear()
         # The closed communicator stays: a call on it says that the group was destroyed.
         if self.shm is not None:
             self.shm.close()
