@@ -194,6 +194,8 @@ def _one_is_killed(rank, world_size, backend, products):
     begin = time.monotonic()
     with pytest.raises(PeerFailureError) as caught:
         tpweave.matmul_reduce_scatter(a, b, group=group, backend=backend)
+        # A rank that needs nothing more of the lost one completes that call.
+        tpweave.matmul_reduce_scatter(a, b, group=group, backend=backend)
     assert caught.value.ranks == (1,) and caught.value.op == "matmul_reduce_scatter"
     assert time.monotonic() - begin < 10
 
