@@ -3,7 +3,8 @@
 1. builds tpweave into DIR/site with the running interpreter's pip, without build isolation and without dependencies
 2. every row of every operation that takes GPU tensors against the reference in float64, outputs and gradients
 3. each of these rows beside its torch rival: GPU events, cold L2 cache, median of interleaved repeats, achieved GB/s
-4. the collectives, on 2 and 4 ranks that share the one GPU: correctness only, for such ranks take turns
+4. the collectives, on 2 and 4 ranks that share the one GPU: correctness, graphs, a late rank (`gpu_collectives.py`);
+   such ranks take turns, so their times are upper bounds
 
 Needs Python 3.10 or later, torch with CUDA, triton, setuptools, pybind11 and a C++17 compiler. Everything found goes to
 DIR/gpu_check.json as it comes, a short table is printed last, and the exit code is 1 when anything was wrong, raised or
@@ -150,10 +151,15 @@ def _check_on_rank(rank: int, world_size: int, op: str, device: str, quick: bool
 
         torch.cuda.set_device(0)
         peers = connect(group, torch.device("cuda", 0))
-    found = [asdict(result) for result in run_checks(device=device, ops=[op], group=group, quick=quick)]
+    found = [{"kind": "check", **asdict(r)} for r in run_checks(device=device, ops=[op], group=group, quick=quick)]
     for result in found:
         if result["status"] == "unavailable" and peers is not None:
             result["reason"] += f" (no peer memory: {peers})"
+    # After an error the ranks would no longer meet.
+    if device == "cuda" and all(result["status"] in ("ok", "unavailable") for result in found):
+        from tpweave.benchmarks.gpu_collectives import examine
+
+        found += examine(op, group, torch.device("cuda", 0))
     return found
 
 
@@ -166,7 +172,9 @@ def check_collective(op: str, device: str, quick: bool) -> Iterator[Record]:
     for ranks in (2,) if quick else (2, 4):
         for rank, results in enumerate(run_ranks(ranks, on_rank, op, device, quick, timeout=STEP_LIMIT / 2)):
             for result in results:
-                yield {"kind": "check", "ranks": ranks, "rank": rank, **result}
+                # Timings are the same on all ranks.
+                if result["kind"] == "check" or rank == 0:
+                    yield {"ranks": ranks, "rank": rank, **result}
 
 
 def list_operations() -> Iterator[Record]:

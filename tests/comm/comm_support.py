@@ -33,9 +33,8 @@ def numbers(shape, dtype, rank, step=0):
 
 def rows_of(op):
     """None (as dispatched) and the table's rows; those for GPUs have tests of their own, interpreted or emulated."""
-    return (
-        (None, *(row.name for row in op.backends if row.name not in ("triton", "cuda"))) if op is not None else (None,)
-    )
+    rows = () if op is None else [row.name for row in op.backends if row.name not in ("triton", "cuda")]
+    return (None, *rows)
 
 
 def cases(op, checks):

@@ -3,8 +3,10 @@
 What this cannot show is the GPU's own: its memory model, its speed, and the PTX of csrc/cuda/ptx.
 """
 
+import importlib
 import itertools
 import random
+import threading
 import time
 
 import pytest
@@ -14,6 +16,8 @@ pytest.importorskip("pybind11")
 
 from cuda_ranks import Ranks, emulated_library
 
+from tpweave.distributed import cuda_memory
+from tpweave.errors import CollectiveMismatchError, PeerFailureError
 from tpweave.native import DTYPE_CODES
 from tpweave.reference.comm.all_reduce import sum_in_rank_order
 from tpweave.reference.ops.rms_norm import rms_norm_reference
@@ -159,7 +163,7 @@ def test_a_silent_peer_is_named_and_the_output_is_no_number(two_shot):
     ranks = Ranks(3)
     xs = [torch.ones(5000)] * 3
     all_reduce(ranks, xs, two_shot=two_shot)
-    outs = all_reduce(ranks, xs, two_shot=two_shot, timeout=0.05, only=[0, 2])
+    outs = all_reduce(ranks, xs, two_shot=two_shot, timeout=0.5, only=[0, 2])
     for rank in (0, 2):
         assert outs[rank].isnan().all()
         sequence, late, others = ranks.channels[rank].failure
@@ -226,3 +230,92 @@ def test_wrong_arguments_are_refused():
         channel.all_gather_begin(address, address, 1, [1, 1], 17, 1.0, 0)
     with pytest.raises(ValueError, match="do not fit in 1024 bytes"):
         channel.all_gather_begin(address, address, 1, [1025, 1], 1, 1.0, 0)
+
+
+class Group:
+    """What the rows read of a TPGroup."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.timeout = rank, size, TIMEOUT
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Three ranks whose `cuda` rows take CPU tensors and run on the host."""
+    made = [Group(rank, 3) for rank in range(3)]
+    channels = {}
+
+    def new_channel(group, device, data_bytes):
+        # Every rank enlarges its channels in the same order.
+        key = (data_bytes, sum(kept is group for kept, _ in new_channel.calls))
+        new_channel.calls.append((group, key))
+        with new_channel.lock:
+            ranks = channels.setdefault(key, Ranks(3, data_bytes))
+        return ranks.channels[group.rank], ranks
+
+    new_channel.calls, new_channel.lock = [], threading.Lock()
+    for group in made:
+        monkeypatch.setitem(cuda_memory._groups, group, cuda_memory._Channels(None))
+    monkeypatch.setattr(cuda_memory, "_new_channel", new_channel)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(importlib.import_module(f"tpweave.comm.{name}"), "current_stream", lambda device: 0)
+    return made
+
+
+def on_all(groups, call):
+    return Ranks(len(groups)).run(lambda rank, _: call(groups[rank]))
+
+
+def test_rows_of_all_reduce(groups):
+    row = importlib.import_module("tpweave.comm.all_reduce").all_reduce_cuda
+    # Nothing, transposed, larger than the first channel's halves: its memory is replaced, and one-shot by two-shot.
+    for shape in ((0, 4), (33, 65), (1 << 18,)):
+        xs = [torch.randn(shape, dtype=torch.float64).to(torch.bfloat16) for _ in groups]
+        for y in on_all(groups, lambda group, xs=xs: row(xs[group.rank].transpose(0, -1), group)):
+            assert torch.equal(y, sum_in_rank_order([x.transpose(0, -1) for x in xs]))
+    replaced = [cuda_memory._groups[group].replaced for group in groups]
+    assert [len(kept) for kept in replaced] == [0, 0, 0]
+    large = [torch.ones(600_000, dtype=torch.bfloat16) for _ in groups]
+    assert all((y == 3).all() for y in on_all(groups, lambda group: row(large[group.rank], group)))
+    assert [len(kept) for kept in replaced] == [1, 1, 1]
+
+
+def test_rows_of_all_gather(groups):
+    row = importlib.import_module("tpweave.comm.all_gather").all_gather_cuda
+    for dtype in (torch.bfloat16, torch.int64, torch.bool):
+        for dim, splits in ((0, [1, 2, 3]), (1, [2, 0, 5]), (2, [4, 4, 4]), (1, [0, 0, 0])):
+            shapes = [[3, 2, 5] for _ in groups]
+            for shape, length in zip(shapes, splits, strict=True):
+                shape[dim] = length
+            xs = [torch.randint(0, 2, shape).to(dtype) for shape in shapes]
+            args = (dim, splits)
+            for y in on_all(groups, lambda group, xs=xs, args=args: row(xs[group.rank], args[0], group, args[1])):
+                assert torch.equal(y, torch.cat(xs, dim))
+
+
+def test_rows_raise_what_the_gpu_reported(groups):
+    row = importlib.import_module("tpweave.comm.all_reduce").all_reduce_cuda
+    xs = [torch.ones(8), torch.ones(9), torch.ones(9)]
+    on_all(groups, lambda group: row(xs[group.rank], group))
+    with pytest.raises(
+        CollectiveMismatchError, match=r"all_reduce \(sequence 1\): rank\(s\) (1|2|1, 2) called another"
+    ):
+        row(xs[0], groups[0])
+
+
+def test_rows_name_a_late_rank(groups):
+    row = importlib.import_module("tpweave.comm.all_reduce").all_reduce_cuda
+    groups[0].timeout = 0.05
+    row(torch.ones(8), groups[0])
+    with pytest.raises(PeerFailureError, match=r"all_reduce \(sequence 1\): rank\(s\) .* did not signal") as caught:
+        row(torch.ones(8), groups[0])
+    # Threads that look later than the one that gave up first do not add whom they miss.
+    assert caught.value.ranks and set(caught.value.ranks) <= {1, 2}
+
+
+def test_first_calls_are_not_captured(groups, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    row = importlib.import_module("tpweave.comm.all_reduce").all_reduce_cuda
+    with pytest.raises(RuntimeError, match="all_reduce: its first call of 32 bytes cannot be captured"):
+        row(torch.ones(8), groups[0])

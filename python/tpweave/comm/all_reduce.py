@@ -80,7 +80,7 @@ def all_reduce_cuda(x: Tensor, group: TPGroup) -> Tensor:
         limit = _ONE_SHOT_BYTES.get(group.size, _ONE_SHOT_BYTES_OF_MORE)
         two_shot = group.size > 2 and x.nbytes > limit
         # Two halves, of multiples of 16 bytes.
-        made = channel(group, x.device, "all_reduce", 2 * (x.nbytes + 15))
+        made = channel(group, x.device, "all_reduce", 2 * ((x.nbytes + 15) // 16 * 16))
         made.all_reduce(
             x.data_ptr(), out.data_ptr(), x.numel(), SUM_CODES[x.dtype], two_shot, group.timeout,
             current_stream(x.device),
