@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpweave.comm.call import check_tensor, direct, local_objection, pg_objection
+from tpweave.comm.hierarchical import gather
 from tpweave.dispatch import Backend, Inputs, Needs, Op
 from tpweave.distributed.cuda_memory import channel, cuda_objection, current_stream
-from tpweave.distributed.exchange import agree, describe, exchange_all, flat_bytes, gather_into
+from tpweave.distributed.exchange import agree, describe, flat_bytes, gather_into
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, check_splits
 from tpweave.library import register_op
@@ -64,12 +65,12 @@ def all_gather_pg(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]) ->
     # On a GPU the header would cost a synchronisation with the host; NCCL has its own watchdog.
     if x.is_cpu:
         agree(group, x.device, describe("all_gather", x.dtype, full, dim=dim, splits=list(splits)))
-    if prod(x.shape[:dim]) == 1 and len(set(splits)) == 1 and x.numel() > 0:
+    if group.transport != "hierarchical" and prod(x.shape[:dim]) == 1 and len(set(splits)) == 1 and x.numel() > 0:
         # Equal shards of the leading dimension arrive in their place.
         out = x.new_empty(full)
         gather_into(list(flat_bytes(out).view(group.size, -1)), flat_bytes(x), group)
         return out
-    pieces = exchange_all(x, group, [prod(shape) for shape in shapes])
+    pieces = gather(x.reshape(-1), [prod(shape) for shape in shapes], group)
     return torch.cat([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)], dim)
 
 

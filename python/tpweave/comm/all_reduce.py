@@ -27,15 +27,15 @@ from tpweave.comm.call import (
     native_sum_objection,
     pg_objection,
 )
+from tpweave.comm.hierarchical import sum_everywhere
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.distributed.cuda_memory import channel, cuda_objection, current_stream
-from tpweave.distributed.exchange import agree, describe, exchange_all, exchange_pieces
+from tpweave.distributed.exchange import agree, describe
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.peer_memory import peer_memory, peer_memory_objection
-from tpweave.distributed.splits import even_splits
 from tpweave.library import register_op
 from tpweave.native import new_output
-from tpweave.reference.comm.all_reduce import all_reduce_reference, sum_in_rank_order
+from tpweave.reference.comm.all_reduce import all_reduce_reference
 
 if TYPE_CHECKING:
     from tpweave.distributed.group import GroupLike
@@ -63,14 +63,13 @@ def all_reduce_shm(x: Tensor, group: TPGroup) -> Tensor:
 def all_reduce_pg(x: Tensor, group: TPGroup) -> Tensor:
     """Two-shot: rank r adds the ranks' r-th pieces in rank order, then all gather the sums.
 
-    As many bytes as a ring's, with the same bits as the other rows, where a ring rounds bf16 at each step.
+    As many bytes as a ring's, with the same bits as the other rows, where a ring rounds bf16 at each step. Where ranks
+    share hosts, these add first (see `tpweave.comm.hierarchical` for bytes and bits).
     """
     # On a GPU the header would cost a synchronisation with the host; NCCL has its own watchdog.
     if x.is_cpu:
         agree(group, x.device, describe("all_reduce", x.dtype, x.shape))
-    numels = even_splits(x.numel(), group.size)
-    pieces = exchange_pieces(x, group, numels, [numels[group.rank]] * group.size)
-    return torch.cat(exchange_all(sum_in_rank_order(pieces), group, numels)).view(x.shape)
+    return sum_everywhere(x.reshape(-1), group).view(x.shape)
 
 
 def all_reduce_cuda(x: Tensor, group: TPGroup) -> Tensor:

@@ -17,13 +17,13 @@ import torch
 
 from tpweave.comm.all_gather import all_gather_op
 from tpweave.comm.call import SUM_CODES, check_tensor, direct, local_objection, native_sum_objection, pg_objection
+from tpweave.comm.hierarchical import sum_scattered
 from tpweave.dispatch import Backend, Inputs, Needs, Op
-from tpweave.distributed.exchange import agree, describe, exchange_pieces
+from tpweave.distributed.exchange import agree, describe
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, splits_or_even
 from tpweave.library import register_op
 from tpweave.native import new_output
-from tpweave.reference.comm.all_reduce import sum_in_rank_order
 from tpweave.reference.comm.reduce_scatter import reduce_scatter_reference
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def reduce_scatter_pg(x: Tensor, dim: int, group: TPGroup, splits: Sequence[int]
     parts = x.split(list(splits), dim)
     mine = parts[group.rank]
     flat = torch.cat([part.reshape(-1) for part in parts])
-    pieces = exchange_pieces(flat, group, [part.numel() for part in parts], [mine.numel()] * group.size)
-    return sum_in_rank_order(pieces, group.size if average else 1).view(mine.shape)
+    numels = [part.numel() for part in parts]
+    return sum_scattered(flat, numels, group, group.size if average else 1).view(mine.shape)
 
 
 REDUCE_SCATTER = Op("reduce_scatter", [

@@ -1,10 +1,12 @@
 """Groups of ranks: a `torch.distributed` process group, the transport its ranks agreed on, and a timeout.
 
-    transport   where                        what carries a collective
-    "none"      one rank                     nothing
-    "shm"       CPU ranks of one host        one memory arena that all ranks map (`TPGroup.shm`)
-    "pg"        everything else              torch.distributed
+    transport       where                           what carries a collective
+    "none"          one rank                        nothing
+    "shm"           CPU ranks of one host           one memory arena that all ranks map (`TPGroup.shm`)
+    "hierarchical"  hosts with several ranks each   an arena on each host, torch.distributed between hosts
+    "pg"            everything else                 torch.distributed
 
+"hierarchical" is a way of the `pg` rows, for CPU tensors; see `tpweave.comm.hierarchical`.
 The ranks agree on the transport once, over the process group, when the group is built: by trying it, never by host
 names or LOCAL_WORLD_SIZE. Building a group is therefore a collective: all its ranks do it, in the same order.
 """
@@ -25,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tpweave import env
 from tpweave.distributed.symmetric_memory import SymmetricBuffer, join
+from tpweave.distributed.topology import Topology
 
 _DISTRIBUTED = dist.is_available()
 
@@ -45,8 +48,9 @@ class TPGroup:
         size: number of ranks.
         ranks: the group's ranks as ranks of the world, in group order.
         process_group: the `torch.distributed` group; None for a lone process without torch.distributed.
-        transport: "shm", "pg" or "none", the same on all ranks.
+        transport: "shm", "hierarchical", "pg" or "none", the same on all ranks.
         transport_reason: why it is not "shm", in words; None when it is.
+        topology: which ranks share a host. Where that is not known, each has its own.
         shm: the native communicator of the "shm" transport, else None.
         failure: why no more collective runs over torch.distributed, in words; None while all is well.
         calling, calls: the last op that went over torch.distributed, and how many there have been.
@@ -77,11 +81,16 @@ class TPGroup:
         self.lent: list[tuple[int, torch.Tensor]] = []
         self._lending = threading.Lock()
         self.symmetric_buffers: dict[str, SymmetricBuffer] = {}
-        self.shm: Any = None
+        self.topology = Topology.flat(self.size, self.rank)
         self.transport_reason: str | None = "the group has one rank"
         if self.size > 1:
-            self.shm, self.transport_reason = join(self)
-        self.transport = "none" if self.size == 1 else "pg" if self.shm is None else "shm"
+            self.topology, self.transport_reason = join(self)
+        one_host = len(self.topology.hosts) == 1
+        self.shm: Any = self.topology.shm if one_host else None
+        if one_host:
+            self.transport = "none" if self.size == 1 else "shm"
+        else:
+            self.transport = "pg" if self.topology.is_flat else "hierarchical"
         _groups.add(self)
         TPGroup._by_name[self.name] = self
         TPGroup._by_process_group[process_group] = self
@@ -103,8 +112,8 @@ class TPGroup:
     @timeout.setter
     def timeout(self, seconds: float) -> None:
         self._timeout = _checked_timeout(seconds)
-        if self.shm is not None:
-            self.shm.set_timeout(self._timeout)
+        if self.topology.shm is not None:
+            self.topology.shm.set_timeout(self._timeout)
 
     @property
     def backend(self) -> str | None:
@@ -113,13 +122,14 @@ class TPGroup:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of shared memory that the group's transport holds, for all ranks together."""
-        return 0 if self.shm is None else self.shm.workspace_bytes
+        """Bytes of shared memory that the group's transport holds, for all ranks of this host together."""
+        return 0 if self.topology.shm is None else self.topology.shm.workspace_bytes
 
     @property
     def poisoned(self) -> bool:
         """Whether an earlier failure made the group unusable; `tpweave.init` builds a new one."""
-        return self.failure is not None or (self.shm is not None and self.shm.poisoned)
+        shm = self.topology.shm
+        return self.failure is not None or (shm is not None and shm.poisoned)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised CPU tensor that collectives of this group need not copy for their peers to read.
@@ -171,8 +181,8 @@ class TPGroup:
         self.symmetric_buffers.clear()
         self.lent.clear()
         # The closed communicator stays: a call on it says that the group was destroyed.
-        if self.shm is not None:
-            self.shm.close()
+        if self.topology.shm is not None:
+            self.topology.shm.close()
         del TPGroup._by_name[self.name]
         if TPGroup._by_process_group.get(self.process_group) is self:
             del TPGroup._by_process_group[self.process_group]

@@ -7,8 +7,9 @@ while they wait. All that see it answer there, and who does not answer is named.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,21 @@ def carry(group: TPGroup, start: Callable[[timedelta], Any]) -> None:
                 _fail(group, began, error)
 
 
+@contextlib.contextmanager
+def inside_host(group: TPGroup) -> Iterator[Any]:
+    """A step of a collective of the whole group that only the ranks of this host take, on the communicator given.
+
+    What fails there has failed for the group: all ranks learn of it, and name who is missing.
+    """
+    if group.failure is not None:
+        raise GroupPoisonedError(group.failure)
+    began = time.monotonic()
+    try:
+        yield group.topology.shm
+    except (PeerFailureError, GroupPoisonedError) as error:
+        _fail(group, began, error)
+
+
 def _store(group: TPGroup) -> Any:
     """The process group's store under keys of this group."""
     process_group: Any = group.process_group
@@ -84,6 +100,9 @@ def _fail(group: TPGroup, began: float, cause: RuntimeError) -> None:
     try:
         store = _store(group)
         store.set("failed", "1")
+        # Ranks of this host that wait for this one there do not look into the store.
+        if group.topology.shm is not None:
+            group.topology.shm.close()
         store.set(f"here/{group.rank}", "1")
         end = time.monotonic() + _ROLL_CALL
         while missing and time.monotonic() < end:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tpweave import env
+from tpweave.distributed.topology import Topology, hosts_of
 from tpweave.native import _C
 
 if TYPE_CHECKING:
@@ -47,29 +48,39 @@ class Rendezvous:
         self.token = os.urandom(_TOKEN_BYTES)
         self.listener: socket.socket | None = None
         self.sockets: dict[int, socket.socket] = {}
-        self.pidfds: dict[int, int] = {}
 
     def listen(self) -> None:
         """Raises OSError or RuntimeError when this rank cannot take part."""
         if sys.platform != "linux":
             raise RuntimeError(f"needs Linux, this is {sys.platform}")
-        if self.size > _C.SHM_MAX_RANKS:
-            raise RuntimeError(f"takes up to {_C.SHM_MAX_RANKS} ranks, the group has {self.size}")
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(_address(self.token))
         self.listener.listen(self.size)
 
     def connect(self, tokens: list[bytes]) -> None:
-        """Connect to every lower rank. Succeeds without its help: it accepts later."""
+        """Connect to every lower rank. Succeeds without its help: it accepts later.
+
+        Tries them all before it raises: `sockets` are those that were reached.
+        """
+        failures = []
         for peer in range(self.rank):
             link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sockets[peer] = link
             try:
                 link.connect(_address(tokens[peer]))
+                self._check_user(link, peer)
+                link.sendall(self.token)
             except OSError as error:
-                raise RuntimeError(f"cannot reach rank {peer} on this host ({error.strerror})") from error
-            self._check_user(link, peer)
-            link.sendall(self.token)
+                failures.append(f"cannot reach rank {peer} on this host ({error.strerror})")
+            except RuntimeError as error:
+                failures.append(str(error))
+            else:
+                self.sockets[peer] = link
+                continue
+            link.close()
+        if failures:
+            raise RuntimeError(failures[0])
+        if self.size > _C.SHM_MAX_RANKS:
+            raise RuntimeError(f"takes up to {_C.SHM_MAX_RANKS} ranks, the group has {self.size}")
 
     def accept(self, tokens: list[bytes], timeout: float) -> None:
         """Accept every higher rank; strangers that found the socket are turned away."""
@@ -154,17 +165,43 @@ def _open_pidfd(pid: int) -> int:
         return -1
 
 
-def join(group: TPGroup) -> tuple[Any, str | None]:
-    """Try to share memory among all ranks of `group`: a collective over its process group.
+def join(group: TPGroup) -> tuple[Topology, str | None]:
+    """Try to share memory among all ranks of `group`, else among those of each host: a collective.
 
     Returns:
-        (communicator, None), or (None, why not in words): the same kind on all ranks.
+        (the group's hosts with this host's communicator, None), or with the reason, in words, why it is not one host:
+        the same kind on all ranks.
 
     Raises:
         RuntimeError: TPWEAVE_TRANSPORT=shm asks for what is not possible.
     """
-    rendezvous = Rendezvous(group.rank, group.size)
-    communicator = None
+    everyone = tuple(range(group.size))
+    flat = Topology.flat(group.size, group.rank)
+    forced = env.forced_transport()
+    settings = group.all_gather_object(forced)
+    if "pg" in settings:
+        return flat, f"rank {settings.index('pg')}: TPWEAVE_TRANSPORT is pg"
+    communicator, reached, reason = _share(group, everyone)
+    if reason is None:
+        return Topology((everyone,), group.rank, communicator), None
+    if forced == "shm":
+        raise RuntimeError(f"TPWEAVE_TRANSPORT is shm, but the ranks cannot share memory: {reason}")
+    hosts = None if reached is None else hosts_of(reached)
+    if hosts is None or not 1 < len(hosts) < group.size:
+        return flat, reason
+    communicator, _, failure = _share(group, next(ranks for ranks in hosts if group.rank in ranks))
+    return (flat if failure is not None else Topology(hosts, group.rank, communicator)), reason
+
+
+def _share(group: TPGroup, members: tuple[int, ...]) -> tuple[Any, list[frozenset[int]] | None, str | None]:
+    """Share memory among `members`, this rank among them; the rest of the group does so at the same time.
+
+    Returns:
+        (communicator or None, the lower members that each rank of the group reached or None, why not in words): the
+        last two the same on all ranks. A lone member has no communicator and needs none.
+    """
+    rendezvous = Rendezvous(members.index(group.rank), len(members))
+    communicator, reached = None, None
 
     def agree(failure: str | None) -> str | None:
         failures = group.all_gather_object(failure)
@@ -172,33 +209,30 @@ def join(group: TPGroup) -> tuple[Any, str | None]:
 
     def attempt(step: Any, *args: Any) -> tuple[Any, str | None]:
         try:
-            return step(*args), None
+            return (None if len(members) == 1 else step(*args)), None
         except (OSError, RuntimeError) as error:
             return None, str(error)
 
-    forced = env.forced_transport()
     try:
-        failure = "TPWEAVE_TRANSPORT is pg" if forced == "pg" else attempt(rendezvous.listen)[1]
+        failure = attempt(rendezvous.listen)[1]
         cores = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
-        members = group.all_gather_object(Member(rendezvous.token, cores, failure))
-        reason = next((f"rank {rank}: {m.reason}" for rank, m in enumerate(members) if m.reason is not None), None)
-        tokens = [member.token for member in members]
+        everyone = group.all_gather_object(Member(rendezvous.token, cores, failure))
+        reason = next((f"rank {rank}: {m.reason}" for rank, m in enumerate(everyone) if m.reason is not None), None)
+        tokens = [everyone[rank].token for rank in members]
         if reason is None:
-            reason = agree(attempt(rendezvous.connect, tokens)[1])
+            failure = attempt(rendezvous.connect, tokens)[1]
+            reached = group.all_gather_object(frozenset(members[peer] for peer in rendezvous.sockets))
+            reason = agree(failure)
         if reason is None:
             # Everybody has connected, so nobody waits in accept.
             reason = agree(attempt(rendezvous.accept, tokens, group.timeout)[1])
         if reason is None:
-            processors = len(frozenset().union(*(member.cores for member in members)))
+            processors = len(frozenset().union(*(everyone[rank].cores for rank in members)))
             communicator, failure = attempt(rendezvous.share, tokens[0], processors, group.timeout)
             reason = agree(failure)
     finally:
         rendezvous.close()
-    if reason is not None:
-        communicator = None
-        if forced == "shm":
-            raise RuntimeError(f"TPWEAVE_TRANSPORT is shm, but the ranks cannot share memory: {reason}")
-    return communicator, reason
+    return (communicator if reason is None else None), reached, reason
 
 
 @dataclass(frozen=True)
