@@ -48,6 +48,7 @@ class Rendezvous:
         self.token = os.urandom(_TOKEN_BYTES)
         self.listener: socket.socket | None = None
         self.sockets: dict[int, socket.socket] = {}
+        self.reached: set[int] = set()
 
     def listen(self) -> None:
         """Raises OSError or RuntimeError when this rank cannot take part."""
@@ -60,23 +61,21 @@ class Rendezvous:
     def connect(self, tokens: list[bytes]) -> None:
         """Connect to every lower rank. Succeeds without its help: it accepts later.
 
-        Tries them all before it raises: `sockets` are those that were reached.
+        Tries them all before it raises: `reached` are those that answered.
         """
         failures = []
         for peer in range(self.rank):
             link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sockets[peer] = link
             try:
                 link.connect(_address(tokens[peer]))
                 self._check_user(link, peer)
                 link.sendall(self.token)
+                self.reached.add(peer)
             except OSError as error:
                 failures.append(f"cannot reach rank {peer} on this host ({error.strerror})")
             except RuntimeError as error:
                 failures.append(str(error))
-            else:
-                self.sockets[peer] = link
-                continue
-            link.close()
         if failures:
             raise RuntimeError(failures[0])
         if self.size > _C.SHM_MAX_RANKS:
@@ -221,7 +220,7 @@ def _share(group: TPGroup, members: tuple[int, ...]) -> tuple[Any, list[frozense
         tokens = [everyone[rank].token for rank in members]
         if reason is None:
             failure = attempt(rendezvous.connect, tokens)[1]
-            reached = group.all_gather_object(frozenset(members[peer] for peer in rendezvous.sockets))
+            reached = group.all_gather_object(frozenset(members[peer] for peer in rendezvous.reached))
             reason = agree(failure)
         if reason is None:
             # Everybody has connected, so nobody waits in accept.
