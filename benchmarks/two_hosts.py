@@ -107,7 +107,8 @@ def two_hosts(rate: str = "1gbit") -> Iterator[TwoHosts]:
             _run("ip", "netns", "add", name)
             made.append(name)
         # The peer is made in its namespace: the machine's own sees neither end.
-        _run("ip", "-n", names[0], "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", names[1])
+        far_end = ("peer", "name", INTERFACE, "netns", names[1])
+        _run("ip", "-n", names[0], "link", "add", INTERFACE, "type", "veth", *far_end)
         for name, address in zip(names, ADDRESSES, strict=True):
             _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
             _run("ip", "-n", name, "link", "set", INTERFACE, "up")
