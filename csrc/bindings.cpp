@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   register_attention_decode(m);
   register_gated_activation(m);
   register_matmul_all_reduce(m);
+  register_merge_attention(m);
   register_norms(m);
   register_plain_attention(m);
   register_plain_calls(m);

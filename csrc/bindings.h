@@ -12,6 +12,7 @@ void register_attention_bwd(pybind11::module_& m);
 void register_attention_decode(pybind11::module_& m);
 void register_gated_activation(pybind11::module_& m);
 void register_matmul_all_reduce(pybind11::module_& m);
+void register_merge_attention(pybind11::module_& m);
 void register_norms(pybind11::module_& m);
 void register_plain_attention(pybind11::module_& m);
 void register_plain_calls(pybind11::module_& m);

@@ -12,16 +12,56 @@ from collections.abc import Sequence
 
 import torch
 
-from tpweave.dispatch import Backend, Inputs, Needs, Op
+from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.library import register_op
+from tpweave.native import _C, DTYPE_CODES, dense_last_dim, empty_dense
 from tpweave.reference.ops.merge_attention import merge_attention_backward_reference, merge_attention_reference
 
 Tensor = torch.Tensor
 
+
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of batch, query and head of [B, Sq, H, D]."""
+    batch, query, head = x.stride()[:3]
+    return x.data_ptr(), batch, query, head
+
+
+def _lse_place(x: Tensor) -> tuple[int, int, int, int]:
+    """The same of [B, H, Sq]."""
+    batch, head, query = x.stride()
+    return x.data_ptr(), batch, query, head
+
+
+def merge_attention_cpu(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    outs = [dense_last_dim(part) for part in outs]
+    out, lse = empty_dense(outs[0]), empty_dense(lses[0])
+    _C.merge_attention(
+        [_place(part) for part in outs], [_lse_place(part) for part in lses], _place(out), _lse_place(lse),
+        *out.shape, DTYPE_CODES[out.dtype],
+    )  # fmt: skip
+    return out, lse
+
+
+def merge_attention_backward_cpu(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    dout, out, outs = dense_last_dim(dout), dense_last_dim(out), [dense_last_dim(part) for part in outs]
+    douts, dlses = [empty_dense(part) for part in outs], [empty_dense(part) for part in lses]
+    _C.merge_attention_bwd(
+        (_place(dout), (0, 0, 0, 0) if dlse is None else _lse_place(dlse), _place(out), _lse_place(lse)),
+        ([_place(x) for x in outs], [_lse_place(x) for x in lses],
+         [_place(x) for x in douts], [_lse_place(x) for x in dlses]),
+        *out.shape, DTYPE_CODES[out.dtype],
+    )  # fmt: skip
+    return douts, dlses
+
+
 MERGE_ATTENTION = Op("merge_attention", [
+    Backend("cpu", merge_attention_cpu, Needs(device="cpu", dtypes=FLOATS)),
     Backend("reference", merge_attention_reference, Needs()),
 ])  # fmt: skip
 MERGE_ATTENTION_BWD = Op("merge_attention_bwd", [
+    Backend("cpu", merge_attention_backward_cpu, Needs(device="cpu", dtypes=FLOATS)),
     Backend("reference", merge_attention_backward_reference, Needs()),
 ])  # fmt: skip
 
