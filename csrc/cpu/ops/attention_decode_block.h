@@ -24,42 +24,75 @@ TPWEAVE_INLINE int64_t chunk_offset(int64_t c, int64_t size) {
 
 TPWEAVE_INLINE void prefetch(const char* p) { __builtin_prefetch(p, 0, 3); }
 
-// scores[g][r][key of the group] = q[r] . key for the groups [begin, end). Meanwhile `ahead`, a row of as many lines
-// for each key, is fetched.
+// A row of cache lines for each key, fetched from memory while that key is worked on.
+struct Ahead {
+  const char* const* rows;
+  int64_t offset;  // in bytes
+};
+
+// Of so many chunks of a row the first fetches a line.
+template <typename F>
+constexpr int64_t kChunksPerLine = F::kChunk * static_cast<int64_t>(sizeof(typename F::Type)) >= kLine
+                                       ? 1
+                                       : kLine / (F::kChunk * static_cast<int64_t>(sizeof(typename F::Type)));
+
+// scores[g][r][key of the group] = q[r] . key for the groups [begin, end).
 template <typename F, int R>
-__attribute__((noinline)) void block_scores(const float* q, int64_t q_stride, const typename F::Type* const* keys,
-                                            int64_t head, int64_t depth, int64_t begin, int64_t end, float* scores,
-                                            const char* const* ahead, int64_t ahead_head, int64_t ahead_lines) {
+__attribute__((noinline)) void tile_scores(const float* q, int64_t q_stride, const typename F::Type* const* keys,
+                                           int64_t head, int64_t depth, int64_t begin, int64_t end, float* scores,
+                                           Ahead ahead) {
   constexpr int U = kGroup<R>;
   constexpr int N = F::kKeyVecs;
+  constexpr int64_t kChunkBytes = F::kChunk * static_cast<int64_t>(sizeof(typename F::Type));
   const int64_t chunks = (depth + F::kChunk - 1) / F::kChunk;
   for (int64_t g = begin; g < end; ++g) {
     VecF sums[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) sums[i] = zero();
     const typename F::Type* rows[U];
+    const char* fetched[U];
 #pragma GCC unroll 16
     for (int u = 0; u < U; ++u) {
       rows[u] = keys[g * U + u] + head;
-      for (int64_t line = 0; line < ahead_lines; ++line) prefetch(ahead[g * U + u] + ahead_head + line * kLine);
+      fetched[u] = ahead.rows[g * U + u] + ahead.offset;
     }
     const float* words = q;
     for (int64_t c = 0; c < chunks; ++c, words += N * kLanes) {
       const int64_t at = chunk_offset<F::kChunk>(c, depth);
-      VecF row[R][N];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) row[r][n] = load(words + r * q_stride + n * kLanes);
-      }
+      if (c % kChunksPerLine<F> == 0) {
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u) {
-        VecF key[N];
-        F::load_keys(rows[u] + at, key);
+        for (int u = 0; u < U; ++u) prefetch(fetched[u] + c * kChunkBytes);
+      }
+      if constexpr (R > U) {
+        // Fewer keys than rows: the keys stay in registers, for each row to be loaded once.
+        VecF key[U][N];
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u) F::load_keys(rows[u] + at, key[u]);
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) sums[r * U + u] = F::multiply_add(row[r][n], key[n], sums[r * U + u]);
+          for (int r = 0; r < R; ++r) {
+            const VecF row = in_register(load(words + r * q_stride + n * kLanes));
+#pragma GCC unroll 16
+            for (int u = 0; u < U; ++u) sums[r * U + u] = F::multiply_add(row, key[u][n], sums[r * U + u]);
+          }
+        }
+      } else {
+        VecF row[R][N];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+          for (int n = 0; n < N; ++n) row[r][n] = load(words + r * q_stride + n * kLanes);
+        }
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u) {
+          VecF key[N];
+          F::load_keys(rows[u] + at, key);
+#pragma GCC unroll 2
+          for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) sums[r * U + u] = F::multiply_add(row[r][n], key[n], sums[r * U + u]);
+          }
         }
       }
     }
@@ -69,15 +102,15 @@ __attribute__((noinline)) void block_scores(const float* q, int64_t q_stride, co
   }
 }
 
-// out[r][C vectors] += weights * values over the groups [begin, end), for kChunks chunks from column `column` of
-// `depth`.
+// out[r][C vectors] += weights * values over the groups [begin, end), for kChunks chunks from chunk `chunk` of `depth`
+// columns.
 template <typename F, int R, int kChunks>
-__attribute__((noinline)) void chunk_values(const float* weights, const typename F::Type* const* values, int64_t head,
-                                            int64_t chunk, int64_t depth, int64_t begin, int64_t end, float* out,
-                                            int64_t out_stride, const float* factors, const char* const* ahead,
-                                            int64_t ahead_from, int64_t ahead_to) {
+TPWEAVE_INLINE void chunk_values(const float* weights, const typename F::Type* const* values, int64_t head,
+                                 int64_t chunk, int64_t depth, int64_t begin, int64_t end, float* out,
+                                 int64_t out_stride, const float* factors, Ahead ahead) {
   constexpr int U = kGroup<R>;
   constexpr int N = F::kValueVecs;
+  constexpr int64_t kChunkBytes = F::kChunk * static_cast<int64_t>(sizeof(typename F::Type));
   constexpr int kWordsPerGroup = kLanes / F::kPerWord;
   VecF sums[R][kChunks * N];
 #pragma GCC unroll 4
@@ -90,13 +123,15 @@ __attribute__((noinline)) void chunk_values(const float* weights, const typename
   int64_t offsets[kChunks];
 #pragma GCC unroll 8
   for (int c = 0; c < kChunks; ++c) offsets[c] = head + chunk_offset<F::kChunk>(chunk + c, depth);
+  const int64_t line = ahead.offset + chunk * kChunkBytes;
+  const bool fetches = kChunks * kChunkBytes >= kLine || chunk % kChunksPerLine<F> == 0;
   for (int64_t g = begin; g < end; ++g) {
 #pragma GCC unroll 16
     for (int u = 0; u < U; u += F::kPerWord) {
       const typename F::Type* even = values[g * U + u];
       const typename F::Type* odd = values[g * U + u + F::kPerWord - 1];
-      for (int p = 0; p < F::kPerWord; ++p) {
-        for (int64_t at = ahead_from; at < ahead_to; at += kLine) prefetch(ahead[g * U + u + p] + at);
+      for (int p = 0; fetches && p < F::kPerWord; ++p) {
+        for (int64_t i = 0; i < kChunks * kChunkBytes; i += kLine) prefetch(ahead.rows[g * U + u + p] + line + i);
       }
       VecF row[R];
 #pragma GCC unroll 4
@@ -124,12 +159,11 @@ __attribute__((noinline)) void chunk_values(const float* weights, const typename
   }
 }
 
-// All columns. The next block's keys (rows of `ahead_bytes`) are fetched meanwhile, evenly.
+// All columns.
 template <typename F, int R>
-TPWEAVE_INLINE void block_values(const float* weights, const typename F::Type* const* values, int64_t head,
-                                 int64_t depth, int64_t begin, int64_t end, float* out, int64_t out_stride,
-                                 const float* factors, const char* const* ahead, int64_t ahead_head,
-                                 int64_t ahead_lines) {
+__attribute__((noinline)) void tile_values(const float* weights, const typename F::Type* const* values, int64_t head,
+                                           int64_t depth, int64_t begin, int64_t end, float* out, int64_t out_stride,
+                                           const float* factors, Ahead ahead) {
   // Accumulators that fit the registers beside a value and the weights.
   constexpr int kAccumulators = TPWEAVE_ISA_LEVEL >= 2 ? 16 : 8;
   constexpr int kMost = kAccumulators / (R == 3 ? 4 : R) / F::kValueVecs;
@@ -137,14 +171,11 @@ TPWEAVE_INLINE void block_values(const float* weights, const typename F::Type* c
   const int64_t chunks = (depth + F::kChunk - 1) / F::kChunk;
   for (int64_t c = 0; c < chunks;) {
     const int64_t step = chunks - c >= kChunks ? kChunks : 1;
-    const int64_t from = ahead_head + ahead_lines * c / chunks * kLine;
-    const int64_t to = ahead_head + ahead_lines * (c + step) / chunks * kLine;
     float* at = out + c * F::kValueVecs * kLanes;
     if (step == kChunks) {
-      chunk_values<F, R, kChunks>(weights, values, head, c, depth, begin, end, at, out_stride, factors, ahead, from,
-                                  to);
+      chunk_values<F, R, kChunks>(weights, values, head, c, depth, begin, end, at, out_stride, factors, ahead);
     } else {
-      chunk_values<F, R, 1>(weights, values, head, c, depth, begin, end, at, out_stride, factors, ahead, from, to);
+      chunk_values<F, R, 1>(weights, values, head, c, depth, begin, end, at, out_stride, factors, ahead);
     }
     c += step;
   }

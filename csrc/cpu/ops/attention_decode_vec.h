@@ -18,6 +18,15 @@ struct Float8 {
   uint8_t bits;
 };
 
+// A loaded vector that stays in its register: gcc 12 would rather load it again for each use, and loads are what AVX2
+// has too few of beside multiply-adds.
+TPWEAVE_INLINE VecF in_register(VecF v) {
+#if TPWEAVE_ISA_LEVEL == 1
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // Lane i of the result is the sum of sums[i].
 TPWEAVE_INLINE VecF sum_lanes(VecF (&sums)[kLanes]) {
 #if TPWEAVE_ISA_LEVEL == 0
