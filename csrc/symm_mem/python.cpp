@@ -6,10 +6,12 @@
 #include <tuple>
 
 #include "bindings.h"
+#include "common/address.h"
 #include "common/check.h"
 #include "cpu/comm/all_gather.h"
 #include "cpu/comm/all_gather_matmul.h"
 #include "cpu/comm/all_reduce.h"
+#include "cpu/comm/all_reduce_rms_norm.h"
 #include "cpu/comm/all_to_all.h"
 #include "cpu/comm/matmul_reduce_scatter.h"
 #include "cpu/comm/reduce_scatter.h"
@@ -149,6 +151,43 @@ void bind_all_reduce(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t
   all_reduce(comm, pointer(in), pointer(out), numel, static_cast<DType>(dtype), dims, num_dims);
 }
 
+AllReduceRmsNorm reduced_norm_call(Address x, Address residual, Address weight, Address y, Address residual_out,
+                                   Address stats, int64_t rows, int64_t hidden, float eps, int normed_as, int dtype,
+                                   int weight_dtype) {
+  return {x.as(),
+          residual.as(),
+          weight.as(),
+          y.as(),
+          residual_out.as(),
+          stats.as<float>(),
+          rows,
+          hidden,
+          eps,
+          static_cast<NormedAs>(normed_as),
+          static_cast<DType>(dtype),
+          static_cast<DType>(weight_dtype)};
+}
+
+void bind_all_reduce_rms_norm(ShmCommunicator& comm, Address x, Address residual, Address weight, Address y,
+                              Address residual_out, Address stats, int64_t rows, int64_t hidden, float eps,
+                              int normed_as, int dtype, int weight_dtype) {
+  all_reduce_rms_norm(comm, reduced_norm_call(x, residual, weight, y, residual_out, stats, rows, hidden, eps, normed_as,
+                                              dtype, weight_dtype));
+}
+
+// `sources`: [num_sources, rows, hidden].
+void bind_reduced_norm(Address sources, int num_sources, Address residual, Address weight, Address y,
+                       Address residual_out, Address stats, int64_t rows, int64_t hidden, float eps, int normed_as,
+                       int dtype, int weight_dtype) {
+  const AllReduceRmsNorm call = reduced_norm_call(sources, residual, weight, y, residual_out, stats, rows, hidden, eps,
+                                                  normed_as, dtype, weight_dtype);
+  std::vector<const void*> each;
+  for (int r = 0; r < num_sources; ++r) {
+    each.push_back(sources.as<const char>() + r * rows * hidden * static_cast<int64_t>(dtype_size(call.dtype)));
+  }
+  reduced_norm(call, each.data(), num_sources);
+}
+
 void bind_all_gather(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t outer, const Widths& inner_bytes) {
   all_gather(comm, pointer(in), pointer(out), outer, inner_bytes);
 }
@@ -203,6 +242,7 @@ void register_shm_communicator(py::module_& m) {
   m.def(
       "shm_arena_create", [](int size, const py::bytes& nonce) { return Arena::create(size, std::string(nonce)); },
       py::arg("size"), py::arg("nonce"));
+  m.def("reduced_norm", &bind_reduced_norm, py::call_guard<py::gil_scoped_release>());
   py::dict codes;
   for (uint32_t op = 0; op <= static_cast<uint32_t>(CollectiveOp::kDistributedTopk); ++op) {
     codes[collective_name(static_cast<CollectiveOp>(op))] = op;
@@ -220,6 +260,7 @@ void register_shm_communicator(py::module_& m) {
            py::arg("cores"), py::arg("timeout"), py::arg("pidfds"), py::arg("sockets"))
       .def("all_reduce", &bind_all_reduce, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("numel"), py::arg("dtype"),
            py::arg("shape") = py::none())
+      .def("all_reduce_rms_norm", &bind_all_reduce_rms_norm, py::call_guard<py::gil_scoped_release>())
       .def("all_gather", &bind_all_gather, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
            py::arg("inner_bytes"), py::call_guard<py::gil_scoped_release>())
       .def("reduce_scatter", &bind_reduce_scatter, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),

@@ -17,6 +17,7 @@ _EXPORTS = {
     "all_gather_matmul": "tpweave.comm.all_gather_matmul",
     "all_reduce": "tpweave.comm.all_reduce",
     "all_reduce_": "tpweave.comm.all_reduce",
+    "all_reduce_rms_norm": "tpweave.comm.all_reduce_rms_norm",
     "all_to_all": "tpweave.comm.all_to_all",
     "attention": "tpweave.ops.attention",
     "attention_decode": "tpweave.ops.attention_decode",

@@ -281,6 +281,16 @@ CHECKS: tuple[Check, ...] = (
         # 33x65 travels in one step, 3x60000 in two.
         for rows, columns in ((33, 65), (3, 60000))
     ),
+    *(
+        Check(
+            "all_reduce_rms_norm", f"{rows}x{columns} residual",
+            lambda d, rows=rows, columns=columns: (
+                d.normal(rows, columns), d.shared_normal(rows, columns), d.shared_normal(columns)),
+            lambda i, backend, group: tpweave.all_reduce_rms_norm(*i, 1e-6, group, backend=backend),
+            collective=True,
+        )
+        for rows, columns in ((33, 65), (45, 6000))
+    ),
     Check(
         "all_gather", "uneven 2x(3+r)x5",
         lambda d: (d.normal(2, 3 + d.rank, 5), _uneven(d)),

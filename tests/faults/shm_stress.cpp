@@ -3,8 +3,11 @@
 // test_thread_sanitizer.py.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/comm/all_gather.h"
@@ -31,27 +34,49 @@ std::vector<float> input(int rank, int64_t numel) {
   return x;
 }
 
+// A rank's tensor: in ordinary memory, or where its peers read it.
+struct Placed {
+  Placed(ShmCommunicator& comm, std::vector<float> numbers, bool lent) : own(std::move(numbers)), data(own.data()) {
+    if (!lent) return;
+    heap = comm.heap();
+    data = reinterpret_cast<float*>(heap->allocate(static_cast<int64_t>(own.size() * sizeof(float))));
+    std::memcpy(data, own.data(), own.size() * sizeof(float));
+  }
+  ~Placed() {
+    if (heap != nullptr) heap->release(reinterpret_cast<char*>(data));
+  }
+  Placed(const Placed&) = delete;
+  Placed& operator=(const Placed&) = delete;
+
+  std::vector<float> own;
+  std::shared_ptr<SymmetricHeap> heap;
+  float* data;
+};
+
+// Nobody lends, some do, all do.
+bool lends(int call, int rank) { return call / 4 % 3 == 2 || (call / 4 % 3 == 1 && (rank + call) % 2 == 0); }
+
 void one_call(ShmCommunicator& comm, int call, int64_t numel) {
   const int size = comm.size();
   const int rank = comm.rank();
   const float ranks = static_cast<float>(size * (size + 1) / 2);
-  std::vector<float> x = input(rank, numel * size);
-  std::vector<float> out(x.size());
+  const Placed x(comm, input(rank, numel * size), lends(call, rank));
+  std::vector<float> out(x.own.size());
   switch (call % 4) {
-    case 0:
-      all_reduce(comm, x.data(), x.data(), numel, DType::kFloat32, nullptr, 0);
-      for (int64_t i = 0; i < numel; ++i) {
-        require(x[static_cast<size_t>(i)] == ranks * value(0, i), "all_reduce", call);
-      }
+    case 0: {
+      float* sum = call / 12 % 2 == 0 ? x.data : out.data();
+      all_reduce(comm, x.data, sum, numel, DType::kFloat32, nullptr, 0);
+      for (int64_t i = 0; i < numel; ++i) require(sum[i] == ranks * value(0, i), "all_reduce", call);
       break;
+    }
     case 1:
-      all_gather(comm, x.data(), out.data(), 1, std::vector<int64_t>(static_cast<size_t>(size), numel * 4));
+      all_gather(comm, x.data, out.data(), 1, std::vector<int64_t>(static_cast<size_t>(size), numel * 4));
       for (int64_t i = 0; i < numel * size; ++i) {
         require(out[static_cast<size_t>(i)] == value(static_cast<int>(i / numel), i % numel), "all_gather", call);
       }
       break;
     case 2:
-      reduce_scatter(comm, x.data(), out.data(), 1, std::vector<int64_t>(static_cast<size_t>(size), numel),
+      reduce_scatter(comm, x.data, out.data(), 1, std::vector<int64_t>(static_cast<size_t>(size), numel),
                      DType::kFloat32, false);
       for (int64_t i = 0; i < numel; ++i) {
         require(out[static_cast<size_t>(i)] == ranks * value(0, rank * numel + i), "reduce_scatter", call);
@@ -59,7 +84,7 @@ void one_call(ShmCommunicator& comm, int call, int64_t numel) {
       break;
     default: {
       const std::vector<int64_t> bytes(static_cast<size_t>(size), numel * 4);
-      all_to_all(comm, x.data(), out.data(), 1, bytes, bytes);
+      all_to_all(comm, x.data, out.data(), 1, bytes, bytes);
       for (int64_t i = 0; i < numel * size; ++i) {
         require(out[static_cast<size_t>(i)] == value(static_cast<int>(i / numel), rank * numel + i % numel),
                 "all_to_all", call);
@@ -76,7 +101,7 @@ void run_rank(const std::shared_ptr<Arena>& arena, int rank, int size, int calls
   ShmCommunicator comm(arena, std::make_unique<PeerWatch>(std::vector<int>{}, std::vector<int>{}), options);
   for (int call = 0; call < calls; ++call) {
     // Every fifth call is long enough for several chunks of a pipeline.
-    one_call(comm, call, call % 5 == 0 ? 300000 + 17 * call : 1 + call * 37 % 3000);
+    one_call(comm, call, call % 5 == 0 ? 300000 + 17 * call : 1 + call * 1237 % 30000);
     comm.barrier();
   }
   bool raised = false;

@@ -13,7 +13,8 @@ void all_gather(ShmCommunicator& comm, const void* in, void* out, int64_t outer,
   Columns parts[kMaxRanks];
   const int64_t most = split_columns(parts, out, outer, inner_bytes, 1, size);
   const std::lock_guard<std::mutex> lock(comm.mutex());
-  comm.enter({CollectiveOp::kAllGather, DType::kUInt8, outer, 0, inner_bytes.data(), size, nullptr, 0});
+  const int64_t own = lent_offset(comm, in, parts[rank].bytes());
+  comm.enter({CollectiveOp::kAllGather, DType::kUInt8, outer, 0, inner_bytes.data(), size, nullptr, own});
   const char* mine = static_cast<const char*>(in);
   int64_t total = 0;
   for (int r = 0; r < size; ++r) total += parts[r].bytes();
@@ -30,9 +31,12 @@ void all_gather(ShmCommunicator& comm, const void* in, void* out, int64_t outer,
         for (int k = 1; k < size; ++k) {
           const int peer = (rank + k) % size;
           wait(peer);
-          unpack(parts[peer], slots(peer), begin, parts[peer].clip(end), stream);
+          const int64_t lent = comm.own_fact(peer);
+          const char* from = lent > 0 ? comm.at(lent) + begin : slots(peer);
+          unpack(parts[peer], from, begin, parts[peer].clip(end), stream);
         }
-      });
+      },
+      true);
   if (stream) stream_fence();
 }
 

@@ -5,7 +5,7 @@
 
 #include "common/check.h"
 #include "common/stream_copy.h"
-#include "symm_mem/communicator.h"
+#include "symm_mem/exchange.h"
 
 namespace tpweave {
 namespace {
@@ -18,42 +18,85 @@ constexpr int64_t kOneShotBytes = 256 * 1024;
 // Sums on their way past the caches pass through the first one.
 constexpr int64_t kStreamBlock = 16 * 1024;
 
-void one_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, DType dtype) {
+// Where each rank's input lies. `own` of a call is twice lent_offset, plus 1 where the sum replaces the input there.
+struct Inputs {
+  ShmCommunicator& comm;
+  const char* mine;
+  bool staged;  // those that are not lent lie in the arrival slots, else in the chunk slots
+
+  bool lent(int rank) const { return comm.own_fact(rank) > 0; }
+  bool replaced(int rank) const { return (comm.own_fact(rank) & 1) != 0; }
+  char* tensor(int rank) const { return comm.at(comm.own_fact(rank) / 2); }
+  // Byte `at` of a chunk.
+  const char* source(int rank, int64_t chunk, int64_t at) const {
+    if (rank == comm.rank()) return mine + chunk * kSlotBytes + at;
+    if (lent(rank)) return tensor(rank) + chunk * kSlotBytes + at;
+    return (staged ? comm.arrival_slot(rank) : comm.chunk_slot(rank, chunk)) + at;
+  }
+};
+
+// Byte ranges of `length`: [first_byte(length, size, r), first_byte(length, size, r + 1)) is summed by rank r. Whole
+// cache lines, so that no two ranks write to one.
+int64_t first_byte(int64_t length, int size, int rank) {
+  const int64_t part = ((length + size - 1) / size + 63) / 64 * 64;
+  return rank * part < length ? rank * part : length;
+}
+
+void one_shot(const Inputs& inputs, char* out, int64_t numel, DType dtype) {
+  ShmCommunicator& comm = inputs.comm;
   const void* sources[kMaxRanks];
-  std::memcpy(comm.arrival_slot(comm.rank()), in, static_cast<size_t>(numel) * dtype_size(dtype));
-  comm.publish_arrival();
-  comm.await_arrivals();
-  for (int r = 0; r < comm.size(); ++r) sources[r] = r == comm.rank() ? in : comm.arrival_slot(r);
+  bool lenders = false;
+  for (int r = 0; r < comm.size(); ++r) {
+    sources[r] = inputs.source(r, 0, 0);
+    lenders = lenders || inputs.lent(r);
+  }
   select_reduce_kernels().sum({sources, comm.size(), out, nullptr, numel, false}, dtype);
-  comm.leave();
+  if (lenders) await_readers(comm);
+}
+
+// Every rank's tensor lies in the arena and is to hold the sum: each rank sums its part and writes it into all.
+void sum_in_arena(const Inputs& inputs, int64_t numel, DType dtype) {
+  ShmCommunicator& comm = inputs.comm;
+  const int size = comm.size();
+  const int rank = comm.rank();
+  const int64_t element = static_cast<int64_t>(dtype_size(dtype));
+  const int64_t end = first_byte(numel * element, size, rank + 1);
+  char* tensors[kMaxRanks];
+  for (int k = 0; k < size; ++k) tensors[k] = inputs.tensor((rank + k) % size);
+  for (int64_t at = first_byte(numel * element, size, rank); at < end; at += kStreamBlock) {
+    const int64_t part = end - at < kStreamBlock ? end - at : kStreamBlock;
+    const void* sources[kMaxRanks];
+    for (int k = 0; k < size; ++k) sources[(rank + k) % size] = tensors[k] + at;
+    select_reduce_kernels().sum({sources, size, tensors[0] + at, tensors[1] + at, part / element, false}, dtype);
+    for (int k = 2; k < size; ++k) std::memcpy(tensors[k] + at, tensors[0] + at, static_cast<size_t>(part));
+  }
+  // All have read, and written, what they share of this rank's tensor.
+  await_readers(comm);
 }
 
 // Each rank sums its part of a chunk and the others copy the sums. Chunks are double-buffered: while this rank copies
-// the sums of chunk c-1 out, the others may already read its input of chunk c.
-void two_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, DType dtype) {
+// the sums of chunk c-1 out, the others may already read its input of chunk c. What is lent may be overwritten on the
+// way: only rank r reads parts r, and all others' sums are awaited before the end.
+void two_shot(const Inputs& inputs, char* out, int64_t numel, DType dtype) {
   // Steps of a rank, in its order: input(0), reduced(0), input(1), reduced(1), released(0), input(2), ...
   const auto input = [](int64_t chunk) { return 3 * chunk + 1; };
   const auto reduced = [](int64_t chunk) { return 3 * chunk + 2; };
   const auto released = [](int64_t chunk) { return 3 * chunk + 6; };
 
+  ShmCommunicator& comm = inputs.comm;
+  const char* in = inputs.mine;
   const int64_t element = static_cast<int64_t>(dtype_size(dtype));
   const int64_t bytes = numel * element;
   const int64_t chunks = (bytes + kSlotBytes - 1) / kSlotBytes;
   const int rank = comm.rank();
   const int size = comm.size();
-  // Byte ranges of a chunk: [first(r), first(r + 1)) is summed by rank r. Whole cache lines, so that no two ranks write
-  // to one.
   const auto chunk_bytes = [&](int64_t c) { return c + 1 < chunks ? kSlotBytes : bytes - c * kSlotBytes; };
-  const auto first = [&](int64_t length, int r) {
-    const int64_t part = ((length + size - 1) / size + 63) / 64 * 64;
-    return r * part < length ? r * part : length;
-  };
+  const auto first = [size](int64_t length, int r) { return first_byte(length, size, r); };
+  const bool laid_out = inputs.staged || inputs.lent(rank);
 
   const bool stream = in != out && 2 * bytes * size >= kStreamBytes;
   const auto copy_out = stream ? &stream_copy : &plain_copy;
 
-  comm.publish_arrival();
-  comm.await_arrivals();
   comm.begin_steps(released(chunks - 1));
   for (int64_t c = 0; c <= chunks; ++c) {
     if (c < chunks) {
@@ -64,9 +107,11 @@ void two_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, D
       char* slot = comm.chunk_slot(rank, c);
       // The others have read this slot's inputs and sums of two chunks ago. Partner: released(c-2) below.
       if (c >= 2) comm.await_step_of_all(released(c - 2));
-      // Only what others sum; this rank's own part of the slot is where its sums go.
-      std::memcpy(slot, mine, static_cast<size_t>(begin));
-      std::memcpy(slot + end, mine + end, static_cast<size_t>(length - end));
+      if (!laid_out) {
+        // Only what others sum; this rank's own part of the slot is where its sums go.
+        std::memcpy(slot, mine, static_cast<size_t>(begin));
+        std::memcpy(slot + end, mine + end, static_cast<size_t>(length - end));
+      }
       comm.publish_step(input(c));
       // Partner: input(c) above.
       comm.await_step_of_all(input(c));
@@ -75,7 +120,7 @@ void two_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, D
         const int64_t part = end - at < block ? end - at : block;
         char* sums = out + c * kSlotBytes + at;
         const void* sources[kMaxRanks];
-        for (int r = 0; r < size; ++r) sources[r] = (r == rank ? mine : comm.chunk_slot(r, c)) + at;
+        for (int r = 0; r < size; ++r) sources[r] = inputs.source(r, c, at);
         select_reduce_kernels().sum({sources, size, slot + at, stream ? nullptr : sums, part / element, false}, dtype);
         if (stream) stream_copy(sums, slot + at, static_cast<size_t>(part));
       }
@@ -95,7 +140,6 @@ void two_shot(ShmCommunicator& comm, const char* in, char* out, int64_t numel, D
     }
   }
   if (stream) stream_fence();
-  comm.leave();
 }
 
 }  // namespace
@@ -106,9 +150,25 @@ void all_reduce(ShmCommunicator& comm, const void* in, void* out, int64_t numel,
                 static_cast<int>(dtype));
   TPWEAVE_CHECK(numel >= 0, "numel is ", numel);
   const std::lock_guard<std::mutex> lock(comm.mutex());
-  comm.enter({CollectiveOp::kAllReduce, dtype, numel, 0, dims, num_dims, nullptr, 0});
-  const bool small = numel * static_cast<int64_t>(dtype_size(dtype)) <= kOneShotBytes;
-  (small ? one_shot : two_shot)(comm, static_cast<const char*>(in), static_cast<char*>(out), numel, dtype);
+  const int64_t bytes = numel * static_cast<int64_t>(dtype_size(dtype));
+  const bool small = bytes <= kOneShotBytes;
+  const int64_t offset = lent_offset(comm, in, bytes);
+  const int64_t own = 2 * offset + (offset > 0 && in == out ? 1 : 0);
+  comm.enter({CollectiveOp::kAllReduce, dtype, numel, 0, dims, num_dims, nullptr, own});
+  if (small && offset == 0) std::memcpy(comm.arrival_slot(comm.rank()), in, static_cast<size_t>(bytes));
+  comm.publish_arrival();
+  comm.await_arrivals();
+  const Inputs inputs{comm, static_cast<const char*>(in), small};
+  int replaced = 0;
+  for (int r = 0; r < comm.size(); ++r) replaced += inputs.replaced(r) ? 1 : 0;
+  if (replaced == comm.size()) {
+    sum_in_arena(inputs, numel, dtype);
+  } else if (small && replaced == 0) {
+    one_shot(inputs, static_cast<char*>(out), numel, dtype);
+  } else {
+    two_shot(inputs, static_cast<char*>(out), numel, dtype);
+  }
+  comm.leave();
 }
 
 }  // namespace tpweave

@@ -20,7 +20,11 @@ void reduce_scatter(ShmCommunicator& comm, const void* in, void* out, int64_t ou
   Columns parts[kMaxRanks];
   const int64_t most = split_columns(parts, in, outer, inner_numel, element, size);
   const std::lock_guard<std::mutex> lock(comm.mutex());
-  comm.enter({CollectiveOp::kReduceScatter, dtype, outer, average ? 1 : 0, inner_numel.data(), size, nullptr, 0});
+  // Only whole runs are lent: columns that lie in pieces are summed where they were packed.
+  int64_t bytes = 0;
+  for (int r = 0; r < size; ++r) bytes += parts[r].bytes();
+  const int64_t own = outer == 1 ? lent_offset(comm, in, bytes) : 0;
+  comm.enter({CollectiveOp::kReduceScatter, dtype, outer, average ? 1 : 0, inner_numel.data(), size, nullptr, own});
   // A slot holds one piece for each rank.
   const int64_t piece = kSlotBytes / size / 64 * 64;
   // This rank's own columns are summed where they lie, unless they lie in pieces.
@@ -37,12 +41,17 @@ void reduce_scatter(ShmCommunicator& comm, const void* in, void* out, int64_t ou
         for (int k = 1; k < size; ++k) wait((rank + k) % size);
         if (begin >= parts[rank].clip(end)) return;
         const void* sources[kMaxRanks];
-        for (int r = 0; r < size; ++r) sources[r] = slots(r) + rank * piece;
+        const int64_t before = parts[rank].data - static_cast<const char*>(in);
+        for (int r = 0; r < size; ++r) {
+          const int64_t lent = comm.own_fact(r);
+          sources[r] = lent > 0 ? comm.at(lent) + before + begin : slots(r) + rank * piece;
+        }
         if (in_place) sources[rank] = parts[rank].data + begin;
         select_reduce_kernels().sum({sources, size, static_cast<char*>(out) + begin, nullptr,
                                      (parts[rank].clip(end) - begin) / element, average},
                                     dtype);
-      });
+      },
+      true);
 }
 
 }  // namespace tpweave
