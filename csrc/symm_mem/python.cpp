@@ -13,6 +13,7 @@
 #include "cpu/comm/all_reduce.h"
 #include "cpu/comm/all_reduce_rms_norm.h"
 #include "cpu/comm/all_to_all.h"
+#include "cpu/comm/distributed_topk.h"
 #include "cpu/comm/matmul_reduce_scatter.h"
 #include "cpu/comm/reduce_scatter.h"
 #include "symm_mem/communicator.h"
@@ -188,6 +189,15 @@ void bind_reduced_norm(Address sources, int num_sources, Address residual, Addre
   reduced_norm(call, each.data(), num_sources);
 }
 
+void bind_topk(Address x, Address values, Address indices, int64_t rows, int64_t columns, int64_t k, int dtype) {
+  topk(x.as(), values.as(), indices.as<int64_t>(), rows, columns, k, static_cast<DType>(dtype));
+}
+
+void bind_distributed_topk(ShmCommunicator& comm, Address x, Address values, Address indices, int64_t rows,
+                           const Widths& columns, int64_t k, int dtype) {
+  distributed_topk(comm, x.as(), values.as(), indices.as<int64_t>(), rows, columns, k, static_cast<DType>(dtype));
+}
+
 void bind_all_gather(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t outer, const Widths& inner_bytes) {
   all_gather(comm, pointer(in), pointer(out), outer, inner_bytes);
 }
@@ -243,6 +253,7 @@ void register_shm_communicator(py::module_& m) {
       "shm_arena_create", [](int size, const py::bytes& nonce) { return Arena::create(size, std::string(nonce)); },
       py::arg("size"), py::arg("nonce"));
   m.def("reduced_norm", &bind_reduced_norm, py::call_guard<py::gil_scoped_release>());
+  m.def("topk", &bind_topk, py::call_guard<py::gil_scoped_release>());
   py::dict codes;
   for (uint32_t op = 0; op <= static_cast<uint32_t>(CollectiveOp::kDistributedTopk); ++op) {
     codes[collective_name(static_cast<CollectiveOp>(op))] = op;
@@ -261,6 +272,7 @@ void register_shm_communicator(py::module_& m) {
       .def("all_reduce", &bind_all_reduce, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("numel"), py::arg("dtype"),
            py::arg("shape") = py::none())
       .def("all_reduce_rms_norm", &bind_all_reduce_rms_norm, py::call_guard<py::gil_scoped_release>())
+      .def("distributed_topk", &bind_distributed_topk, py::call_guard<py::gil_scoped_release>())
       .def("all_gather", &bind_all_gather, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
            py::arg("inner_bytes"), py::call_guard<py::gil_scoped_release>())
       .def("reduce_scatter", &bind_reduce_scatter, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),

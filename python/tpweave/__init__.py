@@ -23,6 +23,7 @@ _EXPORTS = {
     "attention_decode": "tpweave.ops.attention_decode",
     "attention_varlen": "tpweave.ops.attention_varlen",
     "dequantize_blocks": "tpweave.ops.quantize_blocks",
+    "distributed_topk": "tpweave.comm.distributed_topk",
     "explain": "tpweave.dispatch",
     "gated_activation": "tpweave.ops.gated_activation",
     "init": "tpweave.distributed.group",

@@ -292,6 +292,15 @@ CHECKS: tuple[Check, ...] = (
         for rows, columns in ((33, 65), (45, 6000))
     ),
     Check(
+        "distributed_topk", "9 of 4x(300+r)",
+        # Ties in every dtype; the gradient says which of them were taken.
+        lambda d: (torch.arange(4 * (300 + d.rank), device=d.device).view(4, -1).to(d.dtype) * 7 % 128 + d.rank / 2,),
+        lambda i, backend, group: tpweave.distributed_topk(
+            i[0], 9, group, splits=[300 + rank for rank in range(group.size)], backend=backend
+        ),
+        collective=True,
+    ),
+    Check(
         "all_gather", "uneven 2x(3+r)x5",
         lambda d: (d.normal(2, 3 + d.rank, 5), _uneven(d)),
         lambda i, backend, group: tpweave.all_gather(i[0], 1, group, splits=i[1], backend=backend),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comm_support import ALL_WORLDS, FLOATS, assert_check, assert_ranks_disagree, cases, numbers, same_bits_on_all_ranks
+from comm_support import FLOATS, assert_check, assert_ranks_disagree, cases, numbers, same_bits_on_all_ranks
 
 import tpweave
 from tpweave.comm.all_reduce_rms_norm import ALL_REDUCE_RMS_NORM, reduced_norm
@@ -73,8 +73,12 @@ def exact_and_plain(shape, dtype, group, step, with_residual, weight):
     return residual, exact, (tpweave.rms_norm(h, weight, EPS, backend="reference"), h)
 
 
+def dtypes_of(backend):
+    return FLOATS[:3] if backend == "shm" else FLOATS
+
+
 def norms_are_right(group, backend):
-    for dtype in FLOATS:
+    for dtype in dtypes_of(backend):
         results = []
         for step, shape in enumerate(SHAPES):
             for with_residual in (True, False):
@@ -194,11 +198,11 @@ def a_wrong_rank_is_noticed(group, backend):
 
 
 CHECKS = {
-    norms_are_right: ALL_WORLDS,
-    codes_are_right: ("1", "2", "3"),
+    norms_are_right: ("1", "2", "3", "1and3of4"),
+    codes_are_right: ("1", "3"),
     strided_lent_and_repeated: ("2", "3"),
     gradients_match_the_undivided_norm: ("1", "2", "1and3of4"),
-    opcheck_and_compile: ("1", "2"),
+    opcheck_and_compile: ("2",),
     ranks_disagree: ("3",),
     a_wrong_rank_is_noticed: ("2",),
 }

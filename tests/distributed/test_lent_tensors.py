@@ -12,7 +12,7 @@ from tpweave.testing import run_ranks
 SLOT = 512 * 1024  # bytes
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
 # Bytes below which nothing is lent, one-shot sizes, one chunk, several.
-SIZES = [1000, 17 * 1024 + 8, SLOT // 2, SLOT // 2 + 4096 + 8, 2 * SLOT + 5 * 1024 + 8]
+SIZES = [1000, 17 * 1024 + 8, SLOT // 2, SLOT + 5 * 1024 + 8]
 
 
 def inputs(world_size, numel, dtype):
@@ -41,9 +41,9 @@ def all_reduces(rank, world_size, isa):
     mixes = [(set(range(world_size)), set(range(world_size)), DTYPES)]
     for lenders in ({0}, set(range(1, world_size)), set(range(world_size))):
         for inplace in (set(), {world_size - 1}, set(range(world_size))):
-            mixes.append((lenders, inplace, DTYPES[:2]))
+            mixes.append((lenders, inplace, (torch.bfloat16,)))
     for lenders, inplace, dtypes in mixes:
-        for dtype, nbytes in itertools.product(dtypes, SIZES):
+        for dtype, nbytes in itertools.product(dtypes, SIZES if len(dtypes) < 3 else (SIZES[1], SIZES[-1])):
             xs = inputs(world_size, nbytes // dtype.itemsize, dtype)
             staged = xs[rank].clone()
             code, numel = DTYPE_CODES[dtype], staged.numel()
@@ -68,7 +68,7 @@ def repeats(rank, world_size):
     """Many calls on the same few tensors, whose contents each rank changes at once after the call."""
     group = tpweave.init(timeout=30)
     x, y = group.empty((9000,)), group.empty((9000,))
-    for step in range(300):
+    for step in range(100):
         for tensor, kept in ((x, False), (y, True)):
             tensor.fill_(rank + step)
             total = tpweave.all_reduce(tensor, group) if kept else tpweave.all_reduce_(tensor, group)

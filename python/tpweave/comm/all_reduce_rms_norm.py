@@ -113,13 +113,13 @@ def all_reduce_rms_norm_pg(
         with_residual = residual is not None
         facts = describe("all_reduce_rms_norm", x.dtype, x.shape, residual=with_residual, quantize=quantize)
         agree(group, x.device, facts)
-    hidden = x.shape[-1]
-    splits = even_splits(x.shape[:-1].numel(), group.size)
+    hidden, num_rows = x.shape[-1], x.shape[:-1].numel()
+    splits = even_splits(num_rows, group.size)
     begin, mine = sum(splits[: group.rank]), splits[group.rank]
     numels = [rows * hidden for rows in splits]
     pieces = exchange_pieces(x, group, numels, [mine * hidden] * group.size)
     parts = torch.stack(pieces).view(group.size, mine, hidden)
-    rows = None if residual is None else residual.reshape(-1, hidden)[begin : begin + mine]
+    rows = None if residual is None else residual.reshape(num_rows, hidden)[begin : begin + mine]
     y, residual_out, stats = reduced_norm(parts, rows, weight, eps, quantize)
 
     def gathered(part: Tensor, counts: list[int], shape: torch.Size) -> Tensor:
@@ -157,7 +157,7 @@ def _fake(x, residual, weight, eps, group_name, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    _, residual, weight, _, _, backend = inputs
+    _, residual, weight, _, _, _ = inputs
     _, residual_out, rstd = output
     ctx.save_for_backward(residual_out, weight, rstd)
     ctx.has_residual = residual is not None
