@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tpweave.native import _C, DTYPE_CODES
+
 AREAS = ("ops", "comm", "models")
 
 
@@ -44,6 +46,8 @@ class Bench:
             says nothing.
         extra_bytes: inputs -> memory that one call takes beside its inputs and outputs, as measured; None where it is
             not.
+        peak: inputs -> FLOP/s that one rank's threads reach at best, measured right then; None where `flops` is not
+            compared with it.
         world_size: ranks; 1 runs in this process.
         mpi_rivals: those of `rivals` that need to be started by mpirun and mpi4py; left out where these are not
             installed.
@@ -59,6 +63,7 @@ class Bench:
     flops: Callable[[Any], float] | None = None
     bytes: Callable[[Any], float] | None = None
     extra_bytes: Callable[[Any], int] | None = None
+    peak: Callable[[Any], float] | None = None
     world_size: int = 1
     mpi_rivals: tuple[str, ...] = ()
     gpu_cases: tuple[Case, ...] = ()
@@ -67,6 +72,13 @@ class Bench:
 
 class BenchRequestError(ValueError):
     """A benchmark, case, backend or number of ranks that there is not; the message names those there are."""
+
+
+def multiply_add_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of bare multiply-adds, as the native kernels do them for `dtype`, on all of torch's threads: the best of
+    several runs of about a millisecond.
+    """
+    return max(_C.multiply_add_peak(DTYPE_CODES[dtype], 300_000) for _ in range(9))
 
 
 def dtype_named(name: str) -> torch.dtype:

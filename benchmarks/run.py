@@ -165,6 +165,8 @@ def _measure_case(bench: Bench, case: Case, options: Options, rivals: Rivals) ->
     row["gb_s"] = None if row["bytes"] is None else row["bytes"] / ours.seconds / 1e9
     row["extra_bytes"] = None if bench.extra_bytes is None else bench.extra_bytes(inputs)
     row["gflop_s"] = None if bench.flops is None else bench.flops(inputs) / ours.seconds / 1e9
+    known = bench.flops is not None and bench.peak is not None
+    row["of_peak"] = bench.flops(inputs) / ours.seconds / bench.peak(inputs) if known else None
     return row
 
 

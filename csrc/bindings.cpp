@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
   register_matmul_all_reduce(m);
   register_merge_attention(m);
   register_norms(m);
+  register_peak(m);
   register_plain_attention(m);
   register_plain_calls(m);
   register_quantize_blocks(m);

@@ -14,6 +14,7 @@ void register_gated_activation(pybind11::module_& m);
 void register_matmul_all_reduce(pybind11::module_& m);
 void register_merge_attention(pybind11::module_& m);
 void register_norms(pybind11::module_& m);
+void register_peak(pybind11::module_& m);
 void register_plain_attention(pybind11::module_& m);
 void register_plain_calls(pybind11::module_& m);
 void register_quantize_blocks(pybind11::module_& m);

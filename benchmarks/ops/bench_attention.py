@@ -8,7 +8,7 @@ run forward and backward, counted as 3.5 times the forward; their extra bytes ar
 import torch
 
 import tpweave
-from tpweave.benchmarks.registry import Bench, Case, dtype_named
+from tpweave.benchmarks.registry import Bench, Case, dtype_named, multiply_add_peak
 from tpweave.native import _C
 from tpweave.reference.ops.attention import visible_keys
 
@@ -179,4 +179,5 @@ BENCH = Bench(
     check=check,
     flops=flops,
     extra_bytes=extra_bytes,
+    peak=lambda inputs: multiply_add_peak(inputs["tensors"][0].dtype),
 )

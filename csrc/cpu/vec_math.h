@@ -37,6 +37,31 @@ TPWEAVE_INLINE VecF exp(VecF x) {
   return p * power_of_two(half) * power_of_two(k - half);
 }
 
+// The natural logarithm, to 1e-7, of normal numbers and NaN.
+TPWEAVE_INLINE VecF log(VecF x) {
+  // x = 2^k (1 + f) with 1 + f between sqrt(1/2) and sqrt(2).
+  const VecI32 k = ((VecI32)x - 0x3f3504f3) >> 23;
+  const VecF f = (VecF)((VecI32)x - (k << 23)) - set1(1.0f);
+  VecF p = set1(-0.0810155869f);
+  p = fma(p, f, set1(0.127123073f));
+  p = fma(p, f, set1(-0.129722387f));
+  p = fma(p, f, set1(0.142021745f));
+  p = fma(p, f, set1(-0.166422471f));
+  p = fma(p, f, set1(0.200014681f));
+  p = fma(p, f, set1(-0.250002980f));
+  p = fma(p, f, set1(0.333333284f));
+  const VecF square = f * f;
+  p = fma(p * square, f, fma(square, set1(-0.5f), f));
+#if TPWEAVE_ISA_LEVEL == 0
+  const VecF exponent = __builtin_convertvector(k, VecF);
+#elif TPWEAVE_ISA_LEVEL == 1
+  const VecF exponent = _mm256_cvtepi32_ps((VecI)k);
+#else
+  const VecF exponent = _mm512_cvtepi32_ps((VecI)k);
+#endif
+  return x == x ? fma(exponent, set1(0.693147181f), p) : x;
+}
+
 TPWEAVE_INLINE VecF sigmoid(VecF x) {
   const VecF e = exp(-abs(x));
   const VecF d = set1(1.0f) / (set1(1.0f) + e);

@@ -40,6 +40,8 @@ CASES = {
     "dropout of all": ((1, 20, 20, 1, 1, 32, 32), {"dropout_p": 1.0, "seed": 5}),
     "head dim 512": ((1, 70, 70, 2, 1, 512, 512), {"causal": True}),
     "head dims 300 and 400": ((1, 100, 70, 1, 1, 300, 400), {"softcap": 5.0}),
+    "keys in parts": ((2, 3, 2100, 4, 2, 24, 80), {"causal": True, "sinks": (4,)}),
+    "keys in parts, most unseen": ((1, 9, 3100, 2, 1, 16, 96), {"window": (40, 0), "softcap": 2.0}),
     "everything": ((2, 100, 90, 6, 2, 40, 24), {
         "softcap": 3.0, "alibi_slopes": (6,), "sinks": (6,), "bias": (2, 6, 100, 90), "mask": (2, 1, 100, 90),
         "dropout_p": 0.2, "seed": 3, "window": (60, 30), "head_offset": 2,
@@ -163,7 +165,7 @@ def test_nan_in_a_query_stays_in_its_row(isa):
     assert hit.sum() == 1 and hit[0, 9, 1] and torch.equal(out[~hit], clean[~hit])
 
 
-@pytest.mark.parametrize("case", ["everything", "softcap", "mask of queries"])
+@pytest.mark.parametrize("case", ["everything", "softcap", "mask of queries", "keys in parts"])
 def test_bits_depend_on_nothing_else(isa, case):
     (q, k, v), options, *_ = oracle(case, torch.bfloat16)
     whole = tpweave.attention(q, k, v, **options, return_lse=True)

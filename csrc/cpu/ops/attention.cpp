@@ -6,6 +6,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -28,6 +29,11 @@ constexpr int64_t kTilesPerTicket = 8;
 
 // Multiply-adds below which a second thread costs more than it brings (a wake-up takes 2 us on Zen 3).
 constexpr int64_t kWorkPerThread = 1 << 18;
+
+// Where one tile has all rows, the keys are cut into parts of at least so many tiles. They depend neither on the number
+// of threads nor on the rest of the batch, for they show in the last bits of the result.
+constexpr int64_t kTilesPerPart = 16;
+constexpr int64_t kMaxParts = 8;
 
 // Working memory up to this size stays with the thread that called: fresh pages cost small calls more than the work.
 constexpr int64_t kKeptBytes = 16 << 20;
@@ -66,7 +72,10 @@ class Workspace {
 // How a sequence's KV heads are worked on: all alike.
 struct Plan {
   int64_t tile_rows, tiles, packs, key_tiles;
-  bool streamed;  // one tile could have all rows: no packing ahead
+  bool streamed;      // one tile could have all rows: no packing ahead
+  int64_t parts = 1;  // into which the keys are cut, each met by all tiles; more than one only where streamed
+
+  int64_t pieces() const { return tiles * parts; }
 };
 
 // Hands out the work of a call as numbered tickets, taken in order by all threads. Packed heads live in a ring of
@@ -84,12 +93,14 @@ class Schedule {
     size_t segment = 0;
   };
 
-  Schedule(const std::vector<Plan>& plans, const std::vector<int64_t>& order, int64_t kv_heads, int64_t ahead)
-      : plans_(plans), kv_heads_(kv_heads), ahead_(ahead) {
+  Schedule(const std::vector<Plan>& plans, const std::vector<int64_t>& order, int64_t kv_heads, int64_t ahead,
+           int64_t part_slots)
+      : plans_(plans), kv_heads_(kv_heads), ahead_(ahead), part_slots_(part_slots) {
     for (const int64_t batch : order) {
       for (int64_t h = 0; h < kv_heads && plans[static_cast<size_t>(batch)].tiles > 0; ++h) {
         heads_.push_back(batch * kv_heads + h);
         if (!plan(heads_.back()).streamed) packed_heads_.push_back(heads_.back());
+        if (plan(heads_.back()).parts > 1) cut_heads_.push_back(heads_.back());
       }
     }
     const auto packed = static_cast<int64_t>(packed_heads_.size());
@@ -97,6 +108,11 @@ class Schedule {
     slots_ = std::min(ahead_ + 1, packed);
     ranks_.resize(plans.size() * static_cast<size_t>(kv_heads), -1);
     for (int64_t i = 0; i < packed; ++i) ranks_[static_cast<size_t>(packed_heads_[static_cast<size_t>(i)])] = i;
+    for (size_t i = 0; i < cut_heads_.size(); ++i) {
+      ranks_[static_cast<size_t>(cut_heads_[i])] = static_cast<int64_t>(i);
+    }
+    pieces_ = std::vector<std::atomic<int64_t>>(cut_heads_.size());
+    merged_ = std::vector<std::atomic<int64_t>>(cut_heads_.size());
     packed_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(packed));
     done_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(packed));
 
@@ -104,8 +120,8 @@ class Schedule {
     for (const int64_t head : heads_) {
       const int64_t tiles = plan(head).tiles;
       const int64_t rank = rank_of(head);
-      if (rank < 0 || rank + ahead_ >= packed) {
-        add(head, 0, tiles, false);
+      if (plan(head).streamed || rank + ahead_ >= packed) {
+        add(head, 0, plan(head).pieces(), false);
         continue;
       }
       const int64_t half = ahead_ > 0 ? (tiles + 1) / 2 : 0;
@@ -143,6 +159,19 @@ class Schedule {
   void finish_pack(int64_t head) {
     packed_[static_cast<size_t>(rank_of(head))].fetch_add(1, std::memory_order_release);
   }
+  // Results of the parts of a head lie in one of as many slots as there are threads.
+  int64_t part_slot(int64_t head) const { return rank_of(head) % part_slots_; }
+  // The acquire pairs with finish_merge of the slot's previous head.
+  void wait_part_slot_free(int64_t head) const {
+    const int64_t rank = rank_of(head) - part_slots_;
+    if (rank >= 0) wait(merged_[static_cast<size_t>(rank)], 1);
+  }
+  // Whether this was the head's last piece: the others' results are visible to who finished it.
+  bool finish_piece(int64_t head) {
+    return pieces_[static_cast<size_t>(rank_of(head))].fetch_add(1, std::memory_order_acq_rel) + 1 ==
+           plan(head).pieces();
+  }
+  void finish_merge(int64_t head) { merged_[static_cast<size_t>(rank_of(head))].store(1, std::memory_order_release); }
   void finish_tile(int64_t head) { done_[static_cast<size_t>(rank_of(head))].fetch_add(1, std::memory_order_release); }
 
  private:
@@ -166,11 +195,12 @@ class Schedule {
 
   const std::vector<Plan>& plans_;
   const int64_t kv_heads_;
-  int64_t ahead_, slots_ = 0, tickets_ = 0;
-  std::vector<int64_t> heads_, packed_heads_, ranks_;
+  int64_t ahead_, part_slots_, slots_ = 0, tickets_ = 0;
+  std::vector<int64_t> heads_, packed_heads_, cut_heads_;
+  std::vector<int64_t> ranks_;  // of heads, among those packed ahead or those cut into parts
   std::vector<Segment> segments_;
   std::atomic<int64_t> next_{0};
-  std::vector<std::atomic<int64_t>> packed_, done_;
+  std::vector<std::atomic<int64_t>> packed_, done_, pieces_, merged_;
 };
 
 class Forward {
@@ -183,13 +213,13 @@ class Forward {
     // Large head dims: half the rows, so that queries and sums stay in L2.
     row_limit_ = problem_.depth + problem_.depth_v > 512 ? kernels_.query_rows / 2 : kernels_.query_rows;
     std::vector<int64_t> work(batch);
-    int64_t all_work = 0, tiles = 0;
+    int64_t all_work = 0, pieces = 0;
     for (int64_t b = 0; b < problem_.batch; ++b) {
       const AttentionSequence sequence = attention_sequence(problem_, b);
       const int64_t rows = sequence.queries * (problem_.heads / problem_.kv_heads);
       work[static_cast<size_t>(b)] = rows * (sequence.keys + 1) * (problem_.depth + problem_.depth_v);
       all_work += work[static_cast<size_t>(b)] * problem_.kv_heads;
-      tiles += round_up(rows, row_limit_) / row_limit_ * problem_.kv_heads;
+      pieces += round_up(rows, row_limit_) / row_limit_ * parts(rows, sequence.keys) * problem_.kv_heads;
     }
     threads_ = std::min<int64_t>(max_threads(), 1 + all_work / kWorkPerThread);
     // Long sequences first: what is left for the end is small.
@@ -198,45 +228,63 @@ class Forward {
         return work[static_cast<size_t>(a)] > work[static_cast<size_t>(b)];
       });
     }
-    // Fewer rows a tile where there would not be two tiles a thread.
+    // Fewer rows a tile where there would not be two pieces of work a thread.
     int64_t tile_rows = row_limit_;
-    for (; threads_ > 1 && tiles < 2 * threads_ && tile_rows > 4 * kernels_.row_group; tiles *= 2) {
+    for (; threads_ > 1 && pieces < 2 * threads_ && tile_rows > 4 * kernels_.row_group; pieces *= 2) {
       tile_rows = round_up(tile_rows / 2, kernels_.row_group);
     }
     for (int64_t b = 0; b < problem_.batch; ++b) plans_[static_cast<size_t>(b)] = plan(b, tile_rows);
   }
 
   void run() {
-    int64_t fewest_tiles = row_limit_, most_key_tiles = 0, tiles = 0;
-    for (const Plan& plan : plans_) {
-      tiles += plan.tiles * problem_.kv_heads;
+    int64_t fewest_tiles = row_limit_, most_key_tiles = 0, pieces = 0, part_rows = 0;
+    for (size_t b = 0; b < plans_.size(); ++b) {
+      const Plan& plan = plans_[b];
+      pieces += plan.pieces() * problem_.kv_heads;
+      if (plan.parts > 1) part_rows = std::max(part_rows, plan.parts * rows_of(static_cast<int64_t>(b)));
       if (plan.streamed) continue;
       fewest_tiles = std::min(fewest_tiles, plan.tiles);
       most_key_tiles = std::max(most_key_tiles, plan.key_tiles);
     }
-    if (tiles == 0) return;
-    threads_ = std::min(threads_, tiles);
+    if (pieces == 0) return;
+    threads_ = std::min(threads_, pieces);
     // With many threads on few tiles a head, several heads are worked on at a time.
     const int64_t ahead = threads_ == 1 ? 0 : (threads_ + fewest_tiles - 1) / std::max<int64_t>(1, fewest_tiles);
-    Schedule schedule(plans_, order_, problem_.kv_heads, ahead);
+    Schedule schedule(plans_, order_, problem_.kv_heads, ahead, threads_);
 
     const int64_t slot_bytes = round_up(kernels_.packed_bytes(problem_, most_key_tiles), 64);
     const int64_t tile_bytes = round_up(kernels_.packed_bytes(problem_, 1), 64);
     const int64_t thread_bytes = round_up(kernels_.scratch_bytes, 64) + tile_bytes;
-    const int64_t bytes = schedule.slots() * slot_bytes + threads_ * thread_bytes;
+    const int64_t part_bytes = round_up(part_rows * (problem_.depth_v + 1) * 4, 64);
+    const int64_t bytes = schedule.slots() * slot_bytes + threads_ * (thread_bytes + part_bytes);
     workspace_bytes.store(bytes, std::memory_order_relaxed);
     static thread_local Workspace workspace;
     char* memory = workspace.reserve(bytes);
-    char* slots = memory + threads_ * thread_bytes;
+    char* part_slots = memory + threads_ * thread_bytes;
+    char* slots = part_slots + threads_ * part_bytes;
     parallel_region(static_cast<int>(threads_), [&](int thread, int) {
-      char* scratch = memory + thread * thread_bytes;
+      char* tile = memory + thread * thread_bytes;  // packed, where a head is streamed
+      char* scratch = tile + tile_bytes;
       Schedule::Cursor cursor;
       for (;;) {
         const Schedule::Ticket ticket = schedule.take(cursor);
         if (ticket.head < 0) return;
         const Plan& plan = schedule.plan(ticket.head);
+        if (plan.parts > 1) {
+          float* results = reinterpret_cast<float*>(part_slots + schedule.part_slot(ticket.head) * part_bytes);
+          schedule.wait_part_slot_free(ticket.head);
+          const Parts parts = parts_in(results, ticket.head, plan);
+          query_tile({ticket.head, ticket.index / plan.parts, false}, plan, tile,
+                     &parts[static_cast<size_t>(ticket.index % plan.parts)], scratch);
+          if (schedule.finish_piece(ticket.head)) {
+            kernels_.merge_parts(args_, ticket.head / problem_.kv_heads, ticket.head % problem_.kv_heads,
+                                 rows_of(ticket.head / problem_.kv_heads), parts.data(), plan.parts);
+            schedule.finish_merge(ticket.head);
+          }
+          continue;
+        }
         if (plan.streamed) {
-          query_tile(ticket, plan, scratch + tile_bytes, scratch);
+          query_tile(ticket, plan, tile, nullptr, scratch);
           continue;
         }
         char* slot = slots + schedule.slot(ticket.head) * slot_bytes;
@@ -246,7 +294,7 @@ class Forward {
           schedule.finish_pack(ticket.head);
         } else {
           schedule.wait_packed(ticket.head);
-          query_tile(ticket, plan, scratch + tile_bytes, slot);
+          query_tile(ticket, plan, slot, nullptr, scratch);
           schedule.finish_tile(ticket.head);
         }
       }
@@ -266,6 +314,7 @@ class Forward {
     plan.key_tiles = (sequence.keys + kernels_.key_tile - 1) / kernels_.key_tile;
     plan.packs = threads_ == 1 ? 1 : 1 + plan.key_tiles / kTilesPerTicket;
     plan.streamed = rows <= row_limit_;
+    plan.parts = parts(rows, sequence.keys);
     return plan;
   }
 
@@ -274,13 +323,36 @@ class Forward {
                   plan.key_tiles * ticket.index / plan.packs, plan.key_tiles * (ticket.index + 1) / plan.packs, slot);
   }
 
-  void query_tile(const Schedule::Ticket& ticket, const Plan& plan, char* scratch, char* packed) const {
+  int64_t rows_of(int64_t batch) const {
+    return attention_sequence(problem_, batch).queries * (problem_.heads / problem_.kv_heads);
+  }
+
+  int64_t parts(int64_t rows, int64_t keys) const {
+    if (rows == 0 || rows > row_limit_) return 1;
+    return std::clamp<int64_t>(keys / (kTilesPerPart * kernels_.key_tile), 1, kMaxParts);
+  }
+
+  // The parts of a head, with their results in `memory`.
+  using Parts = std::array<AttentionPart, kMaxParts>;
+  Parts parts_in(float* memory, int64_t head, const Plan& plan) const {
+    const int64_t rows = rows_of(head / problem_.kv_heads);
+    float* lse = memory + plan.parts * rows * problem_.depth_v;
+    Parts parts = {};
+    for (int64_t i = 0; i < plan.parts; ++i) {
+      parts[static_cast<size_t>(i)] = {plan.key_tiles * i / plan.parts, plan.key_tiles * (i + 1) / plan.parts,
+                                       memory + i * rows * problem_.depth_v, lse + i * rows};
+    }
+    return parts;
+  }
+
+  void query_tile(const Schedule::Ticket& ticket, const Plan& plan, char* packed, const AttentionPart* part,
+                  char* scratch) const {
     const int64_t batch = ticket.head / problem_.kv_heads;
-    const int64_t rows = attention_sequence(problem_, batch).queries * (problem_.heads / problem_.kv_heads);
+    const int64_t rows = rows_of(batch);
     // The last tile of a causal head sees the most keys: it goes first, so that threads end together.
     const int64_t row = (plan.tiles - 1 - ticket.index) * plan.tile_rows;
     kernels_.query_tile(args_, batch, ticket.head % problem_.kv_heads, row, std::min(plan.tile_rows, rows - row),
-                        packed, plan.streamed, scratch);
+                        packed, plan.streamed, part, scratch);
   }
 
   const AttentionForward& args_;

@@ -84,6 +84,14 @@ struct AttentionForward {
   float* lse;  // [B, Hq, Sq] or [Hq, Tq], dense
 };
 
+// Some of a KV head's key tiles, for calls with too few rows for all threads: out [rows of the head, Dv] and lse [rows]
+// as if there were no other keys. Sinks belong to the first part.
+struct AttentionPart {
+  int64_t tile_begin, tile_end;
+  float* out;
+  float* lse;
+};
+
 // The query heads of a KV head are its rows together: row r is query r / group, head r % group of the group. A KV head
 // is packed once and then read by all its query tiles; where one tile has all rows, it packs each key tile as it goes.
 struct AttentionKernels {
@@ -94,9 +102,13 @@ struct AttentionKernels {
   int64_t (*packed_bytes)(const AttentionProblem& problem, int64_t tiles);
   void (*pack)(const AttentionProblem& problem, int64_t batch, int64_t kv_head, int64_t tile_begin, int64_t tile_end,
                void* packed);
-  // Rows [row, row + rows). `packed` holds all tiles of the head, or, where `streamed`, has room for one.
+  // Rows [row, row + rows). `packed` holds all tiles of the head, or, where `streamed`, has room for one. With `part`
+  // the result goes there, else to the tensors.
   void (*query_tile)(const AttentionForward& args, int64_t batch, int64_t kv_head, int64_t row, int64_t rows,
-                     void* packed, bool streamed, void* scratch);
+                     void* packed, bool streamed, const AttentionPart* part, void* scratch);
+  // Joins the parts of a KV head's rows in their order.
+  void (*merge_parts)(const AttentionForward& args, int64_t batch, int64_t kv_head, int64_t rows,
+                      const AttentionPart* parts, int64_t num_parts);
 };
 
 TPWEAVE_DECLARE_KERNELS(AttentionKernels, attention_kernels)

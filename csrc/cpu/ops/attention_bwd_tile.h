@@ -28,8 +28,10 @@ struct BackwardLayout {
   int64_t columns, columns_v;  // of gradients, in whole vectors
   int64_t value_rows, key_columns, hidden, state, dk, dv, tile_words;
   int64_t dout_panels, query_columns, dout_columns, lse, delta, query_words;
+  Panels panels, panels_v;  // of the columns
 
-  explicit BackwardLayout(const AttentionProblem& p) {
+  explicit BackwardLayout(const AttentionProblem& p)
+      : panels((p.depth + kLanes - 1) / kLanes * kLanes), panels_v((p.depth_v + kLanes - 1) / kLanes * kLanes) {
     steps = (p.depth + kPerWord - 1) / kPerWord;
     steps_v = (p.depth_v + kPerWord - 1) / kPerWord;
     stride = (steps + kLanes - 1) / kLanes * kLanes;
@@ -142,7 +144,7 @@ class BackwardTile {
     values.hide(hidden, count);
     pack_rows(keys, layout_.steps, problem_.depth, layout_.stride, block);
     pack_rows(values, layout_.steps_v, problem_.depth_v, layout_.stride_v, block + layout_.value_rows);
-    pack_values(keys, kKeys, layout_.columns, problem_.depth, block + layout_.key_columns);
+    pack_values(keys, kKeys, layout_.panels, problem_.depth, block + layout_.key_columns);
   }
 
   static void pack_rows(const TileRows<T>& rows, int64_t steps, int64_t depth, int64_t stride, float* out) {
@@ -166,8 +168,8 @@ class BackwardTile {
       const TileRows<T> dout(args_.dout, dout_strides, problem_, block_.batch, dout_offset, query, count);
       pack_keys(q, kKeys, layout_.steps, problem_.depth, out);
       pack_keys(dout, kKeys, layout_.steps_v, problem_.depth_v, out + layout_.dout_panels);
-      pack_values(q, kKeys, layout_.columns, problem_.depth, out + layout_.query_columns);
-      pack_values(dout, kKeys, layout_.columns_v, problem_.depth_v, out + layout_.dout_columns);
+      pack_values(q, kKeys, layout_.panels, problem_.depth, out + layout_.query_columns);
+      pack_values(dout, kKeys, layout_.panels_v, problem_.depth_v, out + layout_.dout_columns);
       for (int64_t i = 0; i < kKeys; ++i) {
         // Rows beyond the end, and those that see nothing, weigh nothing: exp(x - inf).
         float row_lse = i < count ? args_.lse[lse + query + i] : kInfinity;
@@ -197,10 +199,12 @@ class BackwardTile {
       const float* queries = packed_queries_ + first / kKeys * layout_.query_words;
       weigh(block, queries);
       if (args_.dv != nullptr) {
-        add_key_gradient(scratch_.p, queries + layout_.dout_columns, layout_.columns_v, block + layout_.dv);
+        add_key_gradient(scratch_.p, queries + layout_.dout_columns, layout_.panels_v, layout_.columns_v,
+                         block + layout_.dv);
       }
       if (args_.dk != nullptr) {
-        add_key_gradient(scratch_.ds, queries + layout_.query_columns, layout_.columns, block + layout_.dk);
+        add_key_gradient(scratch_.ds, queries + layout_.query_columns, layout_.panels, layout_.columns,
+                         block + layout_.dk);
       }
       if (args_.dq != nullptr) add_query_gradient(block, block_.dq + first * layout_.columns);
     }
@@ -333,10 +337,11 @@ class BackwardTile {
   // ---- products ---------------------------------------------------------------------------------
 
   // gradient[key] += sum over the queries of weights[key][query] * columns[query].
-  void add_key_gradient(const float* weights, const float* columns, int64_t width, float* gradient) {
+  void add_key_gradient(const float* weights, const float* columns, const Panels& panels, int64_t width,
+                        float* gradient) {
     const int64_t key_rows = padded(key_count_);
-    for (int64_t column = 0; column < width; column += kPanel) {
-      const int64_t panel_width = min_of(kPanel, width - column);
+    for (int i = 0; i < panels.count(); ++i) {
+      const int64_t column = panels.begin(i), panel_width = panels.width(i);
       const float* panel = columns + column * kWords;
       for (int64_t row = 0, rows; row < key_rows; row += rows) {
         rows = group_rows(key_rows - row);
@@ -355,8 +360,8 @@ class BackwardTile {
   void add_query_gradient(const float* block, float* dq) {
     const float* joined = kPerWord == 1 ? scratch_.ds : scratch_.joined;
     const int64_t query_rows = padded(query_count_);
-    for (int64_t column = 0; column < layout_.columns; column += kPanel) {
-      const int64_t width = min_of(kPanel, layout_.columns - column);
+    for (int i = 0; i < layout_.panels.count(); ++i) {
+      const int64_t column = layout_.panels.begin(i), width = layout_.panels.width(i);
       const float* panel = block + layout_.key_columns + column * kWords;
       for (int64_t row = 0, rows; row < query_rows; row += rows) {
         rows = group_rows(query_rows - row);

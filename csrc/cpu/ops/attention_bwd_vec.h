@@ -71,7 +71,7 @@ __attribute__((noinline)) void product(const float* a, int64_t stride_a, const f
   }
 }
 
-// The same for any count of vectors up to kVecs, and kRows, 4 or 2 rows.
+// The same for any count of vectors up to kWidest, and kRows, 4 or 2 rows.
 template <typename T, int kC, bool kAlongRow>
 TPWEAVE_INLINE void product_rows(int rows, const float* a, int64_t stride_a, const float* b, int64_t stride_b,
                                  int64_t steps, float* c, int64_t stride_c, bool add) {
@@ -91,6 +91,7 @@ TPWEAVE_INLINE void product(int rows, int vecs, const float* a, int64_t stride_a
 #if TPWEAVE_ISA_LEVEL >= 2
     case 3: return product_rows<T, 3, kAlongRow>(rows, a, stride_a, b, stride_b, steps, c, stride_c, add);
     case 4: return product_rows<T, 4, kAlongRow>(rows, a, stride_a, b, stride_b, steps, c, stride_c, add);
+    case 5: return product_rows<T, 5, kAlongRow>(rows, a, stride_a, b, stride_b, steps, c, stride_c, add);
 #endif
   }
 }

@@ -107,6 +107,41 @@ class Logits {
     return x;
   }
 
+  // Whether `apply_row` may be used for the tile of keys from `key` on: all of them exist, and lie side by side in bias
+  // and mask.
+  bool rows_whole(int64_t key) const {
+    return key + kKeys <= keys_ && (problem_.bias == nullptr || problem_.bias_strides[3] == 1) &&
+           (!has_mask_ || problem_.mask_strides[3] == 1);
+  }
+
+  // `apply` to a row of kKeys scores: what a problem has is asked once for all of them.
+  inline __attribute__((always_inline)) void apply_row(VecF (&x)[kKeys / kLanes], const LogitRow& row,
+                                                       int64_t key) const {
+    constexpr int kCount = kKeys / kLanes;
+#pragma GCC unroll 8
+    for (int n = 0; n < kCount; ++n) x[n] = x[n] * set1(scale_);
+    if (cap_ > 0) {
+      for (int n = 0; n < kCount; ++n) x[n] = scaled_tanh(x[n], cap_);
+    }
+    if (problem_.alibi_slopes != nullptr) {
+      const VecF away = distance(row, key);
+      const VecF slope = set1(-row.slope);
+#pragma GCC unroll 8
+      for (int n = 0; n < kCount; ++n) x[n] = fma(slope, abs(away - set1(static_cast<float>(n * kLanes))), x[n]);
+    }
+    if (row.bias != nullptr) {
+      switch (problem_.bias_dtype) {
+        case DType::kBFloat16: add_bias(x, static_cast<const BFloat16*>(row.bias) + key); break;
+        case DType::kFloat16: add_bias(x, static_cast<const Float16*>(row.bias) + key); break;
+        default: add_bias(x, static_cast<const float*>(row.bias) + key); break;
+      }
+    }
+    if (row.mask != nullptr) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kCount; ++n) x[n] = keep_bytes(x[n], row.mask + key + n * kLanes);
+    }
+  }
+
   // Asks for bias and mask of a key tile ahead of its turn: the rows lie in pages of their own, too many for the
   // hardware to foresee.
   void prefetch(const LogitRow& row, int64_t key) const {
@@ -133,6 +168,12 @@ class Logits {
   }
 
  private:
+  template <typename E>
+  TPWEAVE_INLINE void add_bias(VecF (&x)[kKeys / kLanes], const E* bias) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kKeys / kLanes; ++n) x[n] = fma(load(bias + n * kLanes), set1(kLog2E), x[n]);
+  }
+
   inline __attribute__((always_inline)) VecF bias(const void* row, int64_t key) const {
     const int64_t stride = problem_.bias_strides[3];
     switch (problem_.bias_dtype) {

@@ -1,6 +1,6 @@
 // Packed operands of attention. A tile of kKeys keys is one block of words:
 //   K      [kPanelsPerTile][steps][kPanel]        transposed: a step is one word of every key of the panel
-//   V      [panels][kKeys / kPerWord][width]      width kPanel columns, the last panel narrower
+//   V      [panels][kKeys / kPerWord][width]      see Panels
 //   bias   [kKeys]                                0, or -inf for keys that the mask hides
 //   state  see TileState
 #pragma once
@@ -15,20 +15,37 @@ namespace {
 
 enum TileState : int { kHidden = 0, kPartlyVisible = 1, kVisible = 2 };
 
-// Rows of packed queries are this many words apart: 17 cache lines, so that they do not share L1 sets.
-constexpr int64_t kQueryStride = kMaxHeadDim + 16;
+// Panels of the columns of V, or of an output: of widths that differ by a vector at most.
+class Panels {
+ public:
+  explicit Panels(int64_t columns) {
+    const int64_t vecs = columns / kLanes;
+    count_ = static_cast<int>((vecs + kWidest - 1) / kWidest);
+    for (int p = 0; p <= count_; ++p) begin_[p] = static_cast<int>(vecs * p / count_ * kLanes);
+  }
+  int count() const { return count_; }
+  int64_t begin(int panel) const { return begin_[panel]; }
+  int64_t width(int panel) const { return begin_[panel + 1] - begin_[panel]; }
+
+ private:
+  int count_;
+  int begin_[kMaxHeadDim / kLanes / kWidest + 2];
+};
 
 template <typename T>
 struct Layout {
   static constexpr int kPerWord = Format<T>::kPerWord;
 
-  int64_t steps;    // words of a query or key
-  int64_t columns;  // of the output, in whole vectors
+  int64_t steps;         // words of a query or key
+  int64_t columns;       // of the output, in whole vectors
+  int64_t query_stride;  // words between rows of packed queries, which begin on cache lines
   int64_t value_offset, bias_offset, state_offset, tile_words;
+  Panels panels;  // of the columns
 
-  explicit Layout(const AttentionProblem& problem) {
+  explicit Layout(const AttentionProblem& problem) : panels((problem.depth_v + kLanes - 1) / kLanes * kLanes) {
     steps = (problem.depth + kPerWord - 1) / kPerWord;
     columns = (problem.depth_v + kLanes - 1) / kLanes * kLanes;
+    query_stride = (steps + 15) / 16 * 16;
     value_offset = steps * kKeys;
     bias_offset = value_offset + columns * (kKeys / kPerWord);
     state_offset = bias_offset + kKeys;
@@ -93,14 +110,23 @@ void pack_keys(const TileRows<T>& rows, int64_t count, int64_t steps, int64_t de
 
 // Whole words: of the first `count` values.
 template <typename T>
-void pack_values(const TileRows<T>& rows, int64_t count, int64_t columns, int64_t depth_v, float* out) {
+void pack_values(const TileRows<T>& rows, int64_t count, const Panels& panels, int64_t depth_v, float* out) {
   constexpr int kPerWord = Format<T>::kPerWord;
-  for (int64_t first = 0; first < columns; first += kPanel) {
-    const int64_t width = min_of(kPanel, columns - first);
-    float* panel = out + first * (kKeys / kPerWord);
+  for (int p = 0; p < panels.count(); ++p) {
+    const int64_t end = panels.begin(p) + panels.width(p);
+    float* panel = out + panels.begin(p) * (kKeys / kPerWord);
     for (int64_t key = 0; key < count; key += kPerWord) {
-      for (int64_t column = first; column < first + width; column += kLanes) {
-        store(panel, Format<T>::join_rows(rows.row[key], rows.row[key + kPerWord - 1], column, depth_v));
+      const T* row = rows.row[key];
+      const T* next = rows.row[key + kPerWord - 1];
+      int64_t column = panels.begin(p);
+      if constexpr (Format<T>::kJoinsTwo) {
+        for (; column + 2 * kLanes <= min_of(end, depth_v); column += 2 * kLanes) {
+          Format<T>::join_two(row + column, next + column, panel);
+          panel += 2 * kLanes;
+        }
+      }
+      for (; column < end; column += kLanes) {
+        store(panel, Format<T>::join_rows(row, next, column, depth_v));
         panel += kLanes;
       }
     }
@@ -137,7 +163,7 @@ void pack_tile(const AttentionProblem& problem, const Layout<T>& layout, const A
     values.hide(bias, count);
   }
   pack_keys(keys, count, layout.steps, problem.depth, block);
-  pack_values(values, count, layout.columns, problem.depth_v, block + layout.value_offset);
+  pack_values(values, count, layout.panels, problem.depth_v, block + layout.value_offset);
 }
 
 // A query row as words. The sign of the scale goes here, for the kernels compare raw scores: a negative scale would

@@ -14,51 +14,11 @@
 
 #include "cpu/ops/attention_dropout.h"
 #include "cpu/ops/attention_pack.h"
+#include "cpu/ops/attention_registers.h"
 
 namespace tpweave {
 namespace TPWEAVE_ISA_NAMESPACE {
 namespace {
-
-constexpr float kSlackLog2 = 8.0f;
-constexpr int kGroupVecs = kKeys / kLanes;      // vectors of scores in a row
-constexpr int kUnits = kRows * kGroupVecs / 2;  // an exponential unit is two of them
-constexpr int kBatch = 4;
-constexpr int kScoreBuffers = kOverlap ? 2 : kBatch;
-constexpr int kUnitsPerPanel = kUnits / kPanelsPerTile;
-static_assert(kKeys == kDropoutKeys && kQueryRows % kRows == 0 && kUnits % kPanelsPerTile == 0,
-              "whole groups and units");
-
-// A thread's working memory.
-struct alignas(64) Scratch {
-  float queries[kQueryRows * kQueryStride];
-  float weights[kQueryRows * kKeys];
-  float scores[kScoreBuffers][kRows * kKeys];
-  float out[kQueryRows * kMaxHeadDim];    // [panel][row][kPanel]
-  float sums[kQueryRows * kLanes];        // of weights as stored, lane by lane
-  float exact_sums[kQueryRows * kLanes];  // and before rounding, where Format::kRoundsWeights
-  float shift[kQueryRows];
-  float limit[kQueryRows];  // raw score above which the shift is raised
-  // Keys that a row sees, [begin, end): neither falls from one row to the next.
-  int64_t begin[kQueryRows], end[kQueryRows];
-  LogitRow logits[kQueryRows];
-  bool live[kQueryRows / kRows];  // groups that see something of the current tile
-};
-
-// sum[r][n] += over `steps` words a[r][s] * b[s][n]; rows of a are kStrideA words apart, steps of b kStrideB.
-template <typename T, int kCount, int64_t kStrideA, int64_t kStrideB>
-TPWEAVE_INLINE void multiply(VecF (&sum)[kRows][kCount], const float* a, const float* b, int64_t steps) {
-  for (int64_t s = 0; s < steps; ++s) {
-    VecF columns[kCount];
-#pragma GCC unroll 8
-    for (int n = 0; n < kCount; ++n) columns[n] = load(b + s * kStrideB + n * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const VecF row = set1(a[r * kStrideA + s]);
-#pragma GCC unroll 8
-      for (int n = 0; n < kCount; ++n) sum[r][n] = Format<T>::multiply_add(row, columns[n], sum[r][n]);
-    }
-  }
-}
 
 template <typename T>
 class QueryTile {
@@ -79,45 +39,77 @@ class QueryTile {
     slack_ = kSlackLog2 / scale_;
   }
 
-  void run(int64_t row, int64_t rows, float* packed, bool streamed) {
+  void run(int64_t row, int64_t rows, float* packed, bool streamed, const AttentionPart* part) {
     first_ = row;
     rows_ = rows;
     padded_ = (rows + kRows - 1) / kRows * kRows;
+    part_ = part;
     start_rows();
-    const int64_t last_tile = (scratch_.end[rows - 1] + kKeys - 1) / kKeys;
-    for (int64_t tile = scratch_.begin[0] / kKeys; tile < last_tile; ++tile) {
+    int64_t tile = scratch_.begin[0] / kKeys;
+    int64_t last_tile = (scratch_.end[rows - 1] + kKeys - 1) / kKeys;
+    if (part != nullptr) {
+      tile = max_of(tile, part->tile_begin);
+      last_tile = min_of(last_tile, part->tile_end);
+    }
+    for (; tile < last_tile; ++tile) {
       if (streamed) pack_tile<T>(problem_, layout_, sequence_, batch_, kv_head_, tile, packed);
       key_tile(streamed ? packed : packed + tile * layout_.tile_words, tile * kKeys);
     }
-    for (int64_t r = 0; r < rows_; ++r) finish_row(r);
+    finish_rows();
   }
 
  private:
+  // Rows in order, with their queries and heads.
+  struct Row {
+    int64_t query, head, first_head, last_head;
+    void advance() {
+      if (++head <= last_head) return;
+      ++query;
+      head = first_head;
+    }
+  };
+
+  Row first_row() const {
+    const int64_t first_head = kv_head_ * group_;
+    return {first_ / group_, first_head + first_ % group_, first_head, first_head + group_ - 1};
+  }
   int64_t query_of(int64_t row) const { return (first_ + row) / group_; }
   int64_t head_of(int64_t row) const { return kv_head_ * group_ + (first_ + row) % group_; }
 
-  void start_rows() {
+  const T* query_at(const Row& row) const {
     const AttentionStrides& strides = problem_.q_strides;
-    const T* q = static_cast<const T*>(problem_.q) + sequence_.q_offset;
-    // Rows that fill up the last group are multiplied too: copies of the last.
+    return static_cast<const T*>(problem_.q) + sequence_.q_offset + row.query * strides.position +
+           row.head * strides.head;
+  }
+
+  void start_rows() {
+    // The rows lie apart, where the hardware does not foresee them.
+    Row at = first_row();
+    for (int64_t row = 0; row < rows_; ++row, at.advance()) prefetch_row<0>(query_at(at), problem_.depth);
+    at = first_row();
     for (int64_t row = 0; row < padded_; ++row) {
-      const int64_t source = min_of(row, rows_ - 1);
-      const int64_t query = query_of(source), head = head_of(source);
-      pack_query(q + query * strides.position + head * strides.head, problem_.depth, problem_.scale,
-                 scratch_.queries + row * kQueryStride);
-      see_keys(row, query);
+      pack_query(query_at(at), problem_.depth, problem_.scale, scratch_.queries + row * layout_.query_stride);
+      see_keys(row, at.query);
       if (logits_.active()) {
-        scratch_.logits[row] = logits_.row(batch_, head, query, query + sequence_.keys - sequence_.queries);
+        scratch_.logits[row] = logits_.row(batch_, at.head, at.query, at.query + sequence_.keys - sequence_.queries);
       }
       store(scratch_.sums + row * kLanes, zero());
       store(scratch_.exact_sums + row * kLanes, zero());
       scratch_.shift[row] = 0.0f;
       scratch_.limit[row] = -kInfinity;
+      // Rows that fill up the last group are multiplied too: copies of the last.
+      if (row + 1 < rows_) at.advance();
     }
-    for (int64_t column = 0; column < layout_.columns; column += kPanel) {
-      float* panel = scratch_.out + column * kQueryRows;
-      for (int64_t i = 0; i < padded_ * kPanel; i += kLanes) store(panel + i, zero());
+    for (int p = 0; p < layout_.panels.count(); ++p) {
+      float* panel = scratch_.out + layout_.panels.begin(p) * kQueryRows;
+      for (int64_t i = 0; i < padded_ * layout_.panels.width(p); i += kLanes) store(panel + i, zero());
     }
+  }
+
+  template <int kWrite>
+  static void prefetch_row(const T* row, int64_t size) {
+    const char* at = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(at + i, kWrite);
   }
 
   void see_keys(int64_t row, int64_t query) {
@@ -198,9 +190,8 @@ class QueryTile {
     if (pending >= 0) weigh(pending_scores, pending, key, pending_seen);
     for (int64_t row = 0; row < rows_; row += kRows) {
       if (!scratch_.live[row / kRows]) continue;
-      for (int64_t column = 0; column < layout_.columns; column += kPanel) {
-        add_values(block + layout_.value_offset, row, group_range(row, key), column);
-      }
+      const Range seen = group_range(row, key);
+      for (int p = 0; p < layout_.panels.count(); ++p) add_values(block + layout_.value_offset, row, seen, p);
     }
   }
 
@@ -230,8 +221,8 @@ class QueryTile {
       finish_scores(block, state, key, rows[g], seen[g], whole, scratch_.scores[g]);
       weigh(scratch_.scores[g], rows[g], key, seen[g]);
     }
-    for (int64_t column = 0; column < layout_.columns; column += kPanel) {
-      for (int g = 0; g < count; ++g) add_values(block + layout_.value_offset, rows[g], seen[g], column);
+    for (int p = 0; p < layout_.panels.count(); ++p) {
+      for (int g = 0; g < count; ++g) add_values(block + layout_.value_offset, rows[g], seen[g], p);
     }
   }
 
@@ -241,7 +232,8 @@ class QueryTile {
   template <bool kWithExponentials>
   __attribute__((noinline)) void whole_scores(const float* block, int64_t row, float* scores, const float* before,
                                               int64_t row_before) {
-    const float* queries = scratch_.queries + row * kQueryStride;
+    const int64_t stride = layout_.query_stride;
+    const float* queries = scratch_.queries + row * stride;
     VecF top[kRows];
     for (int panel = 0; panel < kPanelsPerTile; ++panel) {
       VecF sum[kRows][kVecs];
@@ -252,17 +244,21 @@ class QueryTile {
       }
       const float* keys = block + panel * layout_.steps * kPanel;
       if constexpr (kWithExponentials) {
-        const int64_t piece = layout_.steps / kUnitsPerPanel;
+        const int64_t steps = layout_.steps, piece = steps / kUnitsPerPanel;
+        Scratch& scratch = scratch_;
+        const VecF scale = set1(scale_);
         const float* a = queries;
+        // Unrolled for its constant addresses.
+#pragma GCC unroll 8
         for (int unit = 0; unit < kUnitsPerPanel; ++unit) {
-          exponential_unit(before, row_before, panel * kUnitsPerPanel + unit);
-          multiply<T, kVecs, kQueryStride, kPanel>(sum, a, keys, piece);
+          exponential_unit(scratch, scale, before, row_before, panel * kUnitsPerPanel + unit);
+          multiply<T, kVecs>(sum, a, stride, keys, kPanel, piece);
           a += piece;
           keys += piece * kPanel;
         }
-        multiply<T, kVecs, kQueryStride, kPanel>(sum, a, keys, layout_.steps - piece * kUnitsPerPanel);
+        multiply<T, kVecs>(sum, a, stride, keys, kPanel, steps - piece * kUnitsPerPanel);
       } else {
-        multiply<T, kVecs, kQueryStride, kPanel>(sum, queries, keys, layout_.steps);
+        multiply<T, kVecs>(sum, queries, stride, keys, kPanel, layout_.steps);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -287,7 +283,7 @@ class QueryTile {
 #pragma GCC unroll 8
       for (int n = 0; n < kCount; ++n) sum[r][n] = zero();
     }
-    multiply<T, kCount, kQueryStride, kPanel>(sum, queries, keys, layout_.steps);
+    multiply<T, kCount>(sum, queries, layout_.query_stride, keys, kPanel, layout_.steps);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -299,7 +295,7 @@ class QueryTile {
   void part_scores(const float* block, int64_t row, Range seen, int panel, float* scores) {
     const int64_t from = max_of(seen.begin / kLanes, panel * kVecs);
     const int64_t to = min_of((seen.end + kLanes - 1) / kLanes, (panel + 1) * kVecs);
-    const float* queries = scratch_.queries + row * kQueryStride;
+    const float* queries = scratch_.queries + row * layout_.query_stride;
     const float* keys = block + panel * layout_.steps * kPanel + (from - panel * kVecs) * kLanes;
     switch (to - from) {
       case 1: panel_scores<1>(queries, keys, scores + from * kLanes); break;
@@ -314,8 +310,6 @@ class QueryTile {
   // Raw scores become logits where they need more than a scale, and -inf where a row does not see the key.
   __attribute__((noinline)) void finish_scores(const float* block, int state, int64_t key, int64_t row, Range seen,
                                                bool whole, float* scores) {
-    const int begin = static_cast<int>(seen.begin / kLanes);
-    const int end = static_cast<int>((seen.end + kLanes - 1) / kLanes);
     const bool active = logits_.active();
     VecF top[kRows];
     if (whole && !active) {
@@ -323,32 +317,68 @@ class QueryTile {
         top[r] = load(scores + r * kKeys);
         for (int n = 1; n < kGroupVecs; ++n) top[r] = max(top[r], load(scores + r * kKeys + n * kLanes));
       }
-      raise_shifts(row, top);
-      return;
+    } else if (active && logits_.rows_whole(key)) {
+      for (int r = 0; r < kRows; ++r)
+        top[r] = finish_row_of_scores(block, state, key, row + r, whole, scores + r * kKeys);
+    } else {
+      finish_part(block, state, key, row, seen, whole, scores, top);
     }
+    raise_shifts(row, top);
+  }
+
+  // A whole row: vectors that no row of the group sees hold anything, until they are hidden.
+  inline __attribute__((always_inline)) VecF finish_row_of_scores(const float* block, int state, int64_t key,
+                                                                  int64_t row, bool whole, float* scores) {
+    const LogitRow& logits = scratch_.logits[row];
+    logits_.prefetch(logits, key + kKeys);
+    VecF x[kGroupVecs];
+#pragma GCC unroll 8
+    for (int n = 0; n < kGroupVecs; ++n) x[n] = load(scores + n * kLanes);
+    logits_.apply_row(x, logits, key);
+    if (!whole) {
+      const KeptKeys kept(scratch_.begin[row] - key, scratch_.end[row] - key);
+#pragma GCC unroll 8
+      for (int n = 0; n < kGroupVecs; ++n) x[n] = kept.keep(x[n], n);
+    }
+    if (state == kPartlyVisible) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kGroupVecs; ++n) x[n] = x[n] + load(block + layout_.bias_offset + n * kLanes);
+    }
+    VecF top = x[0];
+#pragma GCC unroll 8
+    for (int n = 0; n < kGroupVecs; ++n) {
+      store(scores + n * kLanes, x[n]);
+      top = max(top, x[n]);
+    }
+    return top;
+  }
+
+  // Only the vectors that the group sees; the others of what exponentials are taken of become -inf.
+  void finish_part(const float* block, int state, int64_t key, int64_t row, Range seen, bool whole, float* scores,
+                   VecF (&top)[kRows]) {
+    const int begin = static_cast<int>(seen.begin / kLanes);
+    const int end = static_cast<int>((seen.end + kLanes - 1) / kLanes);
+    const bool active = logits_.active();
     for (int r = 0; r < kRows; ++r) {
-      const int64_t first = scratch_.begin[row + r] - key;
-      const int64_t last = scratch_.end[row + r] - key;
       const LogitRow& logits = scratch_.logits[row + r];
+      const KeptKeys kept(scratch_.begin[row + r] - key, scratch_.end[row + r] - key);
       float* at = scores + r * kKeys;
       const VecF distance = active ? Logits::distance(logits, key) : zero();
-      if (active) logits_.prefetch(logits, key + kKeys);
       top[r] = set1(-kInfinity);
-      for (int n = 0; n < kGroupVecs; ++n) {
+      for (int n = kOverlap ? 0 : begin / 2 * 2; n < (kOverlap ? kGroupVecs : (end + 1) / 2 * 2); ++n) {
         VecF v = set1(-kInfinity);
         if (n >= begin && n < end) {
           v = load(at + n * kLanes);
           if (active) {
             v = logits_.apply(v, logits, distance - set1(static_cast<float>(n * kLanes)), key + n * kLanes);
           }
-          if (!whole) v = keep_lanes(v, first - n * kLanes, last - n * kLanes);
+          if (!whole) v = kept.keep(v, n);
           if (state == kPartlyVisible) v = v + load(block + layout_.bias_offset + n * kLanes);
           top[r] = max(top[r], v);
         }
         store(at + n * kLanes, v);
       }
     }
-    raise_shifts(row, top);
   }
 
   // ---- softmax ----------------------------------------------------------------------------------
@@ -367,9 +397,10 @@ class QueryTile {
     const float shift = score * scale_;
     if (scratch_.limit[row] > -kInfinity) {
       const VecF factor = set1(__builtin_exp2f(scratch_.shift[row] - shift));
-      for (int64_t column = 0; column < layout_.columns; column += kPanel) {
-        float* panel = scratch_.out + column * kQueryRows + row * kPanel;
-        for (int i = 0; i < kPanel; i += kLanes) store(panel + i, load(panel + i) * factor);
+      for (int p = 0; p < layout_.panels.count(); ++p) {
+        const int64_t width = layout_.panels.width(p);
+        float* panel = scratch_.out + layout_.panels.begin(p) * kQueryRows + row * width;
+        for (int64_t i = 0; i < width; i += kLanes) store(panel + i, load(panel + i) * factor);
       }
       float* sums = scratch_.sums + row * kLanes;
       float* exact_sums = scratch_.exact_sums + row * kLanes;
@@ -380,38 +411,44 @@ class QueryTile {
     scratch_.limit[row] = score + slack_;
   }
 
-  // Two vectors of weights of one row, added to the sums of its lanes.
-  inline __attribute__((always_inline)) void exponential_unit(const float* scores, int64_t row, int r, int key,
-                                                              VecF& sum, VecF& exact_sum) {
+  // Two vectors of weights of one row, added to the sums of its lanes. The scratch and the scale are the caller's
+  // copies: the compiler must take stores for changes of members.
+  static inline __attribute__((always_inline)) void exponential_unit(Scratch& scratch, VecF scale, const float* scores,
+                                                                     int64_t row, int r, int key, VecF& sum,
+                                                                     VecF& exact_sum) {
     const float* at = scores + r * kKeys + key;
-    const VecF shift = set1(scratch_.shift[row + r]);
-    const VecF scale = set1(scale_);
+    const VecF shift = set1(scratch.shift[row + r]);
     const VecF low = exp2<Format<T>::kDegree>(multiply_subtract(load(at), scale, shift));
     const VecF high = exp2<Format<T>::kDegree>(multiply_subtract(load(at + kLanes), scale, shift));
-    Format<T>::store_weights(scratch_.weights + (row + r) * kKeys + key / Format<T>::kPerWord, low, high, sum,
+    Format<T>::store_weights(scratch.weights + (row + r) * kKeys + key / Format<T>::kPerWord, low, high, sum,
                              exact_sum);
   }
 
-  inline __attribute__((always_inline)) void exponential_unit(const float* scores, int64_t row, int unit) {
+  static inline __attribute__((always_inline)) void exponential_unit(Scratch& scratch, VecF scale, const float* scores,
+                                                                     int64_t row, int unit) {
     constexpr int kUnitsPerRow = kGroupVecs / 2;
     const int r = unit / kUnitsPerRow;
-    float* sums = scratch_.sums + (row + r) * kLanes;
-    float* exact_sums = scratch_.exact_sums + (row + r) * kLanes;
+    float* sums = scratch.sums + (row + r) * kLanes;
+    float* exact_sums = scratch.exact_sums + (row + r) * kLanes;
     VecF sum = load(sums), exact_sum = load(exact_sums);
-    exponential_unit(scores, row, r, unit % kUnitsPerRow * 2 * kLanes, sum, exact_sum);
+    exponential_unit(scratch, scale, scores, row, r, unit % kUnitsPerRow * 2 * kLanes, sum, exact_sum);
     store(sums, sum);
     if (Format<T>::kRoundsWeights) store(exact_sums, exact_sum);
   }
 
   // Logits of a group become weights; dropout counts them in the sums and drops them from what V is multiplied with.
   __attribute__((noinline)) void weigh(const float* scores, int64_t row, int64_t key, Range seen) {
+    Scratch& scratch = scratch_;
+    const VecF scale = set1(scale_);
     const int first = static_cast<int>(seen.begin / (2 * kLanes)) * 2 * kLanes;
     const int end = static_cast<int>(seen.end);
     for (int r = 0; r < kRows; ++r) {
       float* sums = scratch_.sums + (row + r) * kLanes;
       float* exact_sums = scratch_.exact_sums + (row + r) * kLanes;
       VecF sum = load(sums), exact_sum = load(exact_sums);
-      for (int unit = first; unit < end; unit += 2 * kLanes) exponential_unit(scores, row, r, unit, sum, exact_sum);
+      for (int unit = first; unit < end; unit += 2 * kLanes) {
+        exponential_unit(scratch, scale, scores, row, r, unit, sum, exact_sum);
+      }
       store(sums, sum);
       if (Format<T>::kRoundsWeights) store(exact_sums, exact_sum);
     }
@@ -425,21 +462,22 @@ class QueryTile {
 
   // ---- values -----------------------------------------------------------------------------------
 
-  // out[rows of the group, columns of a panel] += weights * V over the keys seen, in whole words.
-  void add_values(const float* values, int64_t row, Range seen, int64_t column) {
+  // A panel of out[rows of the group] += weights * V over the keys seen, in whole words.
+  void add_values(const float* values, int64_t row, Range seen, int p) {
     constexpr int kPerWord = Format<T>::kPerWord;
     const int64_t begin = seen.begin / kPerWord;
     const int64_t steps = (seen.end + kPerWord - 1) / kPerWord - begin;
     const float* weights = scratch_.weights + row * kKeys + begin;
-    const int64_t width = min_of(kPanel, layout_.columns - column);
+    const int64_t column = layout_.panels.begin(p), width = layout_.panels.width(p);
     const float* panel = values + column * (kKeys / kPerWord) + begin * width;
-    float* out = scratch_.out + column * kQueryRows + row * kPanel;
+    float* out = scratch_.out + column * kQueryRows + row * width;
     switch (width / kLanes) {
       case 1: panel_values<1>(weights, panel, steps, out); break;
       case 2: panel_values<2>(weights, panel, steps, out); break;
 #if TPWEAVE_ISA_LEVEL >= 2
       case 3: panel_values<3>(weights, panel, steps, out); break;
       case 4: panel_values<4>(weights, panel, steps, out); break;
+      case 5: panel_values<5>(weights, panel, steps, out); break;
 #endif
     }
   }
@@ -450,47 +488,94 @@ class QueryTile {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int n = 0; n < kCount; ++n) sum[r][n] = load(out + r * kPanel + n * kLanes);
+      for (int n = 0; n < kCount; ++n) sum[r][n] = load(out + (r * kCount + n) * kLanes);
     }
-    multiply<T, kCount, kKeys, kCount * kLanes>(sum, weights, values, steps);
+    multiply<T, kCount>(sum, weights, kKeys, values, kCount * kLanes, steps);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int n = 0; n < kCount; ++n) store(out + r * kPanel + n * kLanes, sum[r][n]);
+      for (int n = 0; n < kCount; ++n) store(out + (r * kCount + n) * kLanes, sum[r][n]);
     }
   }
 
   // ---- results ----------------------------------------------------------------------------------
 
-  void finish_row(int64_t row) {
-    const int64_t query = query_of(row), head = head_of(row);
-    float sum = reduce_add(load(scratch_.sums + row * kLanes));
-    float exact = Format<T>::kRoundsWeights ? reduce_add(load(scratch_.exact_sums + row * kLanes)) : sum;
-    // A row that saw no key has never had its limit raised; a row of NaNs neither, but its sum is NaN.
-    const bool empty = scratch_.limit[row] == -kInfinity && sum == 0.0f;
-    float shift = scratch_.shift[row];
-    float factor = 1.0f;
-    if (problem_.sinks != nullptr && problem_.sinks[head] > -kInfinity) {
-      const float sink = problem_.sinks[head] * kLog2E;
-      const float top = empty || sink > shift ? sink : shift;
-      factor = empty ? 0.0f : __builtin_exp2f(shift - top);
-      const float weight = __builtin_exp2f(sink - top);
-      sum = sum * factor + weight;
-      exact = exact * factor + weight;
-      shift = top;
+  T* out_at(const Row& row) const {
+    return static_cast<T*>(args_.out) +
+           ((sequence_.first_row + row.query) * problem_.heads + row.head) * problem_.depth_v;
+  }
+
+  void finish_rows() {
+    Row at = first_row();
+    if (part_ == nullptr) {
+      for (int64_t row = 0; row < rows_; ++row, at.advance()) prefetch_row<1>(out_at(at), problem_.depth_v);
+      at = first_row();
     }
-    args_.lse[sequence_.lse_offset + head * sequence_.lse_head_stride + query] =
-        sum == 0.0f ? -kInfinity : (shift + __builtin_log2f(exact)) * kLn2;
+    for (int64_t row = 0; row < rows_; row += kLanes) {
+      float inverse[kLanes], lse[kLanes];
+      finish_sums(row, at, inverse, lse);
+      for (int64_t i = 0; i < min_of(kLanes, rows_ - row); ++i, at.advance()) {
+        if (part_ == nullptr) {
+          args_.lse[sequence_.lse_offset + at.head * sequence_.lse_head_stride + at.query] = lse[i];
+          finish_row(row + i, inverse[i], out_at(at));
+        } else {
+          part_->lse[first_ + row + i] = lse[i];
+          finish_row(row + i, inverse[i], part_->out + (first_ + row + i) * problem_.depth_v);
+        }
+      }
+    }
+  }
+
+  // Sums of kLanes rows from `at` on: the factors of their outputs, and their lse.
+  void finish_sums(int64_t row, Row at, float* inverse, float* lse) const {
+    VecF sum = sum_lanes(scratch_.sums + row * kLanes);
+    VecF exact = Format<T>::kRoundsWeights ? sum_lanes(scratch_.exact_sums + row * kLanes) : sum;
+    VecF shift = load(scratch_.shift + row);
+    // A row that saw no key has never had its limit raised; a row of NaNs neither, but its sum is NaN.
+    const VecI32 empty = (load(scratch_.limit + row) == set1(-kInfinity)) & (sum == zero());
+    VecF factor = set1(1.0f);
+    if (problem_.sinks != nullptr && (part_ == nullptr || part_->tile_begin == 0)) {
+      float sinks[kLanes];
+      for (int i = 0; i < kLanes; ++i, at.advance()) sinks[i] = row + i < rows_ ? problem_.sinks[at.head] : 0.0f;
+      const VecF sink = load(sinks) * set1(kLog2E);
+      const VecI32 has_sink = sink > set1(-kInfinity);
+      const VecF top = empty | (sink > shift) ? sink : shift;
+      const VecF scaled = empty ? zero() : exp2<5>(shift - top);
+      const VecF weight = exp2<5>(sink - top);
+      factor = has_sink ? scaled : factor;
+      sum = has_sink ? fma(sum, scaled, weight) : sum;
+      exact = has_sink ? fma(exact, scaled, weight) : exact;
+      shift = has_sink ? top : shift;
+    }
+    store(lse, sum == zero() ? set1(-kInfinity) : fma(shift, set1(kLn2), log(exact)));
     const float kept = problem_.dropout_p < 1 ? static_cast<float>(1.0 / (1.0 - problem_.dropout_p)) : 0.0f;
-    const VecF inverse = set1(empty ? 0.0f : factor * kept / sum);
+    store(inverse, empty ? zero() : factor * set1(kept) / sum);
+  }
+
+  // Lane i is the sum of row i of a square.
+  static VecF sum_lanes(const float* square) {
+    VecF rows[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = load(square + i * kLanes);
+    transpose(rows);
+#pragma GCC unroll 4
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i) rows[i] = rows[i] + rows[i + width];
+    }
+    return rows[0];
+  }
+
+  template <typename E>
+  void finish_row(int64_t row, float inverse, E* out) const {
     const int64_t depth = problem_.depth_v;
-    T* out = static_cast<T*>(args_.out) + ((sequence_.first_row + query) * problem_.heads + head) * depth;
-    for (int64_t column = 0; column < depth; column += kLanes) {
-      const float* at = scratch_.out + column / kPanel * kPanel * kQueryRows + row * kPanel + column % kPanel;
-      const VecF value = load(at) * inverse;
-      const int64_t left = depth - column;
-      if (left >= kLanes) store(out + column, value);
-      else store_partial(out + column, value, left);
+    for (int p = 0; p < layout_.panels.count(); ++p) {
+      const int64_t first = layout_.panels.begin(p), width = layout_.panels.width(p);
+      const float* at = scratch_.out + first * kQueryRows + row * width - first;
+      const int64_t end = min_of(first + width, depth);
+      int64_t column = first;
+      for (; column + kLanes <= end; column += kLanes) store(out + column, load(at + column) * set1(inverse));
+      if (column < end) store_partial(out + column, load(at + column) * set1(inverse), end - column);
     }
   }
 
@@ -505,6 +590,7 @@ class QueryTile {
   float scale_;  // log2(e) times the softmax scale's magnitude
   float slack_;
   int64_t first_ = 0, rows_ = 0, padded_ = 0;
+  const AttentionPart* part_ = nullptr;
 };
 
 }  // namespace

@@ -22,6 +22,12 @@ constexpr int kRows = 4, kVecs = 4, kPanelsPerTile = 1;
 constexpr bool kOverlap = true;
 #endif
 constexpr int kPanel = kVecs * kLanes;
+// Columns of V or of an output come in panels of about the same width, at most so many vectors: 4x5 accumulators still
+// fit 32 registers, and a head dim of 80 has one panel instead of one and a narrow one, whose few sums wait for each
+// other.
+constexpr int kWidest = TPWEAVE_ISA_LEVEL >= 2 ? 5 : kVecs;
+// Register tiles with fewer sums than this keep two sets of them: 2 multiply-adds a cycle at a latency of up to 6.
+constexpr int kChains = TPWEAVE_ISA_LEVEL >= 2 ? 12 : 0;
 constexpr int kKeys = kPanelsPerTile * kPanel;  // 64: scores of a row group stay in L1
 constexpr int kQueryRows = TPWEAVE_ISA_LEVEL == 1 ? 132 : 128;
 constexpr float kInfinity = __builtin_inff();
@@ -129,6 +135,45 @@ TPWEAVE_INLINE VecF keep_lanes(VecF v, int64_t begin, int64_t end) {
 #endif
 }
 
+// The keys [begin, end) of a row of kKeys scores: vector n of the row keeps them, and has -inf elsewhere.
+class KeptKeys {
+ public:
+  KeptKeys(int64_t begin, int64_t end) {
+    const int first = static_cast<int>(max_of(0, min_of(begin, kKeys)));
+    const int last = static_cast<int>(max_of(0, min_of(end, kKeys)));
+#if TPWEAVE_ISA_LEVEL >= 2
+    bits_ = first < last ? ~0ull << first & ~0ull >> (64 - last) : 0;
+#elif TPWEAVE_ISA_LEVEL == 1
+    first_ = _mm256_set1_epi32(first);
+    last_ = _mm256_set1_epi32(last);
+#else
+    first_ = VecI{} + first;
+    last_ = VecI{} + last;
+#endif
+  }
+
+  inline __attribute__((always_inline)) VecF keep(VecF v, int n) const {
+#if TPWEAVE_ISA_LEVEL >= 2
+    return _mm512_mask_mov_ps(set1(-kInfinity), static_cast<__mmask16>(bits_ >> (n * kLanes)), v);
+#elif TPWEAVE_ISA_LEVEL == 1
+    const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(n * kLanes));
+    const __m256i keep = _mm256_andnot_si256(_mm256_cmpgt_epi32(first_, lane), _mm256_cmpgt_epi32(last_, lane));
+    return _mm256_blendv_ps(set1(-kInfinity), v, _mm256_castsi256_ps(keep));
+#else
+    const VecI lane = VecI{0, 1, 2, 3} + n * kLanes;
+    return (lane >= first_) & (lane < last_) ? v : set1(-kInfinity);
+#endif
+  }
+
+ private:
+#if TPWEAVE_ISA_LEVEL >= 2
+  static_assert(kKeys == 64, "one bit a key");
+  uint64_t bits_;
+#else
+  VecI first_, last_;
+#endif
+};
+
 // Lanes of v whose byte is not 0, -inf elsewhere.
 TPWEAVE_INLINE VecF keep_bytes(VecF v, const uint8_t* bytes) {
 #if TPWEAVE_ISA_LEVEL == 0
@@ -215,6 +260,9 @@ struct Format {
     return load_words(row, column, size);
   }
 
+  // Whether two vectors of joined words can be stored at once: those of 2 kLanes whole columns.
+  static constexpr bool kJoinsTwo = false;
+
   TPWEAVE_INLINE VecF flip_sign(VecF words) { return -words; }
 
   // Writes the weights of 2 kLanes keys and adds what was written to `sum`. Where the weights are rounded, their exact
@@ -256,6 +304,18 @@ struct Format<BFloat16> {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, even + column));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(keep, odd + column));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  static constexpr bool kJoinsTwo = true;
+
+  TPWEAVE_INLINE void join_two(const BFloat16* even, const BFloat16* odd, float* out) {
+    static constexpr uint16_t kOrder[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                            8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i order = _mm512_loadu_si512(kOrder);
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
+    const __m512i upper = _mm512_add_epi16(order, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi16(a, upper, b));
   }
 
   TPWEAVE_INLINE VecF flip_sign(VecF words) {

@@ -47,6 +47,8 @@ def _draw(console: Any, result: dict[str, Any]) -> None:
     rivals = list(measured[0]["rivals"]) if measured else []
     several = result["ranks"] > 1
     columns = ["case", ">ours", *([">skew"] if several else []), ">GB/s", ">GF/s"]
+    with_peak = any(row["of_peak"] is not None for row in measured)
+    columns += [">of peak"] if with_peak else []
     for rival in rivals:
         columns += [f">{rival}", ">ratio"]
     rows = []
@@ -57,6 +59,7 @@ def _draw(console: Any, result: dict[str, Any]) -> None:
         cells = [row["case"], human_time(row["ours"]["seconds"])]
         cells += [human_time(row["ours"]["skew"])] if several else []
         cells += ["" if row[rate] is None else f"{row[rate]:.3g}" for rate in ("gb_s", "gflop_s")]
+        cells += ["" if row["of_peak"] is None else f"{row['of_peak']:.0%}"] if with_peak else []
         for rival in rivals:
             ratio = row["rivals"][rival]["ratio"]
             cells.append(human_time(row["rivals"][rival]["seconds"]))
