@@ -51,6 +51,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of tpweave.";
   m.attr("MAX_RANKS") = kMaxPeers;
   m.attr("MAX_CHUNKS") = kMaxChunks;
+  m.attr("MAX_NORM_COLUMNS") = kMaxNormColumns;
   m.attr("PAD_BYTES") = kPadBytes;
   m.def("objection", &objection, py::arg("device"));
   m.def("all_reduce_rms_norm_bytes", [](int64_t rows, int64_t hidden, int dtype) {
@@ -78,11 +79,20 @@ PYBIND11_MODULE(_cuda, m) {
       .def(
           "all_reduce_rms_norm",
           [](const Channel& channel, uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t normed,
-             uintptr_t residual_out, int64_t rows, int64_t hidden, float eps, int dtype, double timeout,
-             uintptr_t stream) {
-            const AllReduceRmsNorm args = {
-                pointer(x), pointer(residual), pointer(weight), pointer(normed), pointer(residual_out), rows, hidden,
-                eps};
+             uintptr_t residual_out, uintptr_t rstd, int64_t rows, int64_t hidden, float eps, int dtype,
+             int weight_dtype, double timeout, uintptr_t stream) {
+            const bool weight_is_fp32 = static_cast<DType>(weight_dtype) == DType::kFloat32;
+            TPWEAVE_CHECK(weight_is_fp32 || weight_dtype == dtype, "the weight is neither fp32 nor of x's dtype");
+            const AllReduceRmsNorm args = {pointer(x),
+                                           pointer(residual),
+                                           pointer(weight),
+                                           pointer(normed),
+                                           pointer(residual_out),
+                                           static_cast<float*>(pointer(rstd)),
+                                           rows,
+                                           hidden,
+                                           eps,
+                                           weight_is_fp32};
             all_reduce_rms_norm(channel, args, static_cast<DType>(dtype), timeout, stream_of(stream));
           },
           WithoutGil())

@@ -1,7 +1,14 @@
-// Sums over the threads of a block.
+// What the threads of a block share: its memory, and sums over them.
 #pragma once
 
 namespace tpweave {
+
+// The bytes that the launch asked for.
+template <typename T>
+__device__ inline T* block_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<T*>(memory);
+}
 
 // The same value on all threads. A multiple of 32 threads, up to 1024.
 __device__ inline float block_sum(float value) {

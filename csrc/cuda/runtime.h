@@ -34,12 +34,26 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+struct Grid {
+  int blocks;
+  int threads;
+  int64_t shared_bytes;
+  cudaStream_t stream;
+};
+
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t stream, const Args&... args) {
+void launch(void (*kernel)(Params...), const Grid& grid, const Args&... args) {
+  // More than this has to be asked for.
+  constexpr int64_t kGivenSharedBytes = 48 * 1024;
+  if (grid.shared_bytes > kGivenSharedBytes) {
+    TPWEAVE_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  config.stream = grid.stream;
   TPWEAVE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 

@@ -18,7 +18,7 @@ from cuda_ranks import Ranks, emulated_library
 
 from tpweave.distributed import cuda_memory
 from tpweave.errors import CollectiveMismatchError, PeerFailureError
-from tpweave.native import DTYPE_CODES
+from tpweave.native import DTYPE_CODES, data_ptr
 from tpweave.reference.comm.all_reduce import sum_in_rank_order
 from tpweave.reference.ops.rms_norm import rms_norm_reference
 from tpweave.testing import assert_accurate
@@ -70,32 +70,36 @@ def test_all_reduce_has_the_reference_s_bits(size):
 def test_all_reduce_rms_norm(size):
     ranks = Ranks(size)
     # One row, fewer rows than blocks, ragged rows, more rows than blocks.
-    for rows, hidden, has_residual, has_weight in ((1, 8, True, True), (3, 4100, True, True), (70, 33, True, False),
-                                                   (5, 256, False, True)):  # fmt: skip
+    for rows, hidden, has_residual, weight_dtype in (
+        (1, 8, True, None), (3, 4100, True, torch.float32), (70, 33, True, "same"), (5, 256, False, torch.float32),
+    ):  # fmt: skip
         for dtype in DTYPES if hidden != 4100 else DTYPES[1:2]:
             xs = [torch.randn(rows, hidden).to(dtype) for _ in range(size)]
             residual = torch.randn(rows, hidden).to(dtype) if has_residual else None
-            weight = torch.randn(hidden).to(dtype) if has_weight else None
+            weight = None
+            if weight_dtype is not None:
+                weight = torch.randn(hidden).to(dtype if weight_dtype == "same" else weight_dtype)
 
             def call(rank, channel, xs=xs, residual=residual, weight=weight, rows=rows, hidden=hidden, dtype=dtype):
                 memory = [new_output(rows * hidden, dtype) for _ in range(2)]
+                memory.append(new_output(rows, torch.float32))
                 channel.all_reduce_rms_norm(
-                    xs[rank].data_ptr(), 0 if residual is None else residual.data_ptr(),
-                    0 if weight is None else weight.data_ptr(), *(out.data_ptr() for _, out in memory), rows, hidden,
-                    1e-6, DTYPE_CODES[dtype], TIMEOUT, 0,
+                    xs[rank].data_ptr(), data_ptr(residual), data_ptr(weight), *(out.data_ptr() for _, out in memory),
+                    rows, hidden, 1e-6, DTYPE_CODES[dtype], DTYPE_CODES[dtype if weight is None else weight.dtype],
+                    TIMEOUT, 0,
                 )  # fmt: skip
                 assert all(whole[-1] == 77 for whole, _ in memory)
-                return [out.view(rows, hidden) for _, out in memory]
+                return [out.view(rows, -1) for _, out in memory]
 
-            wide = [x.float() for x in xs] + ([] if residual is None else [residual.float()])
-            h = sum_in_rank_order(wide).to(dtype)
+            h = sum_in_rank_order([x.float() for x in xs] + ([] if residual is None else [residual.float()]))
             exact = rms_norm_reference(h.double(), None if weight is None else weight.double())
-            plain = rms_norm_reference(h, weight)
+            plain = rms_norm_reference(h, weight).to(dtype)
             results = ranks.run(call)
-            for normed, residual_out in results:
-                assert torch.equal(residual_out, h)
+            for normed, residual_out, rstd in results:
+                assert torch.equal(residual_out, h.to(dtype))
                 assert torch.equal(normed, results[0][0])
                 assert_accurate(normed, exact, plain)
+                torch.testing.assert_close(rstd, torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

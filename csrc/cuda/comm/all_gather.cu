@@ -122,7 +122,8 @@ void all_gather_begin(const Channel& channel, const AllGather& args, double time
 
   const int64_t wanted = (own_bytes + 16 * kStageThreads - 1) / (16 * kStageThreads);
   const int blocks = static_cast<int>(wanted < 1 ? 1 : wanted < kMaxBlocks ? wanted : kMaxBlocks);
-  launch(stage_kernel, blocks, kStageThreads, stream, peers, static_cast<const uint8_t*>(args.x), own_bytes, digest);
+  launch(stage_kernel, {blocks, kStageThreads, 0, stream}, peers, static_cast<const uint8_t*>(args.x), own_bytes,
+         digest);
   const cudaStream_t side = channel.side_stream();
   channel.order(stream, side);
   for (int k = 0; k < channel.size(); ++k) {
@@ -131,7 +132,7 @@ void all_gather_begin(const Channel& channel, const AllGather& args, double time
     const int64_t before = std::accumulate(widths.begin(), widths.begin() + source, int64_t{0});
     const char* from = source == rank ? static_cast<const char*>(args.x) : peers.memory[source] + kPadBytes;
     char* to = static_cast<char*>(args.out) + before;
-    if (source != rank) launch(await_kernel, 1, 1, side, peers, source, digest);
+    if (source != rank) launch(await_kernel, {1, 1, 0, side}, peers, source, digest);
     for (int chunk = 0; chunk < args.chunks; ++chunk) {
       if (args.rows == 1) {
         const Span part = part_of(width, args.chunks, chunk);
@@ -141,7 +142,7 @@ void all_gather_begin(const Channel& channel, const AllGather& args, double time
         copy_block(to + part.begin * row_bytes, row_bytes, from + part.begin * width, width, width,
                    part.end - part.begin, side);
       }
-      launch(flag_kernel, 1, 1, side, peers, source, chunk);
+      launch(flag_kernel, {1, 1, 0, side}, peers, source, chunk);
     }
   }
 }
@@ -150,13 +151,13 @@ void all_gather_await(const Channel& channel, int source, int chunk, double time
   TPWEAVE_CHECK(source >= 0 && source < channel.size(), "rank ", source, " of ", channel.size());
   TPWEAVE_CHECK(chunk >= 0 && chunk < kMaxChunks, "chunk ", chunk);
   const DeviceGuard guard(channel.device());
-  launch(await_chunk_kernel, 1, 1, stream, channel.peers(timeout), source, chunk);
+  launch(await_chunk_kernel, {1, 1, 0, stream}, channel.peers(timeout), source, chunk);
 }
 
 void all_gather_end(const Channel& channel, double timeout, cudaStream_t stream) {
   const DeviceGuard guard(channel.device());
   channel.order(channel.side_stream(), stream);
-  launch(release_kernel, 1, kMaxPeers, stream, channel.peers(timeout));
+  launch(release_kernel, {1, kMaxPeers, 0, stream}, channel.peers(timeout));
 }
 
 }  // namespace tpweave

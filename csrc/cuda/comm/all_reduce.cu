@@ -101,8 +101,8 @@ void run(const Channel& channel, const void* x, void* out, int64_t numel, DType 
   const int64_t wanted = (divided + kReduceThreads - 1) / kReduceThreads;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
   const uint32_t digest = digest_of({'r', static_cast<int>(dtype), numel, two_shot});
-  launch(two_shot ? two_shot_kernel<T> : one_shot_kernel<T>, blocks, kReduceThreads, stream, channel.peers(timeout),
-         static_cast<const T*>(x), static_cast<T*>(out), numel, channel.half_bytes(), digest);
+  launch(two_shot ? two_shot_kernel<T> : one_shot_kernel<T>, {blocks, kReduceThreads, 0, stream},
+         channel.peers(timeout), static_cast<const T*>(x), static_cast<T*>(out), numel, channel.half_bytes(), digest);
 }
 
 }  // namespace

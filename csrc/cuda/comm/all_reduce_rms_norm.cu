@@ -1,7 +1,8 @@
-// h = sum over ranks of x + residual, rounded once; normed = h * rsqrt(mean(h^2) + eps) * weight.
+// h = sum over ranks of x + residual, in fp32; normed = h * rstd * weight, rstd = 1 / sqrt(mean(h^2) + eps).
 //
 // One-shot: every rank sums every row, for the few rows of a decode step. A block handles whole rows, so that the norm
-// needs no other block. Signals and halves as in all_reduce.cu.
+// needs no other block, and keeps a row in shared memory, so that h is rounded for its output only. Signals and halves
+// as in all_reduce.cu.
 #include "cuda/comm/all_reduce_rms_norm.h"
 
 #include "cuda/block.cuh"
@@ -9,6 +10,23 @@
 
 namespace tpweave {
 namespace {
+
+// Elements [begin, begin + kVector) of the weight.
+template <typename T>
+__device__ inline void load_weight(const AllReduceRmsNorm& args, int64_t begin, float (&values)[kVector<T>]) {
+  const bool aligned = is_aligned(args.weight);
+  if (!args.weight_is_fp32) {
+    unpack(load_vector(static_cast<const T*>(args.weight), begin, args.hidden, aligned), values, T{});
+    return;
+  }
+#pragma unroll
+  for (int half = 0; half < kVector<T>; half += 4) {
+    float four[4];
+    unpack(load_vector(static_cast<const float*>(args.weight), begin + half, args.hidden, aligned), four, float{});
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[half + i] = four[i];
+  }
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads, 1)
@@ -34,46 +52,49 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   publish(peers, call, row_of_signals, kInput);
   const bool came = await_all(peers, call, row_of_signals, kInput);
 
-  const T* weight = static_cast<const T*>(args.weight);
-  const bool weight_aligned = is_aligned(weight);
   const bool residual_aligned = rows_aligned && is_aligned(args.residual);
   const bool out_aligned = rows_aligned && is_aligned(args.residual_out);
   const bool normed_aligned = rows_aligned && is_aligned(args.normed);
+  // Each thread reads what it has written itself.
+  float4* kept = block_memory<float4>();
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     const T* residual = static_cast<const T*>(args.residual) + row * H;
-    T* h = static_cast<T*>(args.residual_out) + row * H;
+    T* residual_out = static_cast<T*>(args.residual_out) + row * H;
     T* normed = static_cast<T*>(args.normed) + row * H;
     float squares = 0.0f;
     for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
-      uint4 bits = not_a_number<T>();
+      float h[N];
       if (came) {
-        float total[N];
-        sum_over_ranks<T>(peers, half + (row * vectors + v) * 16, total);
-        if (args.residual != nullptr) {
-          float before[N];
-          unpack(load_vector(residual, v * N, H, residual_aligned), before, T{});
-#pragma unroll
-          for (int i = 0; i < N; ++i) total[i] += before[i];
-        }
-        bits = pack(total, T{});
+        sum_over_ranks<T>(peers, half + (row * vectors + v) * 16, h);
+      } else {
+        unpack(not_a_number<T>(), h, T{});
       }
-      store_vector(h, v * N, H, out_aligned, bits);
-      // The norm reads the rounded sum, as the layer after it does. Beyond the row's end it is zero.
-      float rounded[N];
-      unpack(bits, rounded, T{});
+      if (args.residual != nullptr) {
+        float before[N];
+        unpack(load_vector(residual, v * N, H, residual_aligned), before, T{});
 #pragma unroll
-      for (int i = 0; i < N; ++i) squares += rounded[i] * rounded[i];
+        for (int i = 0; i < N; ++i) h[i] += before[i];
+      }
+      store_vector(residual_out, v * N, H, out_aligned, pack(h, T{}));
+      // Beyond the row's end h is zero.
+#pragma unroll
+      for (int i = 0; i < N; ++i) squares += h[i] * h[i];
+#pragma unroll
+      for (int i = 0; i < N; i += 4) kept[v * (N / 4) + i / 4] = {h[i], h[i + 1], h[i + 2], h[i + 3]};
     }
     const float rstd = rsqrtf(block_sum(squares) / static_cast<float>(H) + args.eps);
-    // Each thread reads what it has written itself.
+    if (threadIdx.x == 0) args.rstd[row] = rstd;
     for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
       float values[N];
-      unpack(load_vector(h, v * N, H, out_aligned), values, T{});
 #pragma unroll
-      for (int i = 0; i < N; ++i) values[i] *= rstd;
-      if (weight != nullptr) {
+      for (int i = 0; i < N; i += 4) {
+        const float4 four = kept[v * (N / 4) + i / 4];
+        values[i] = four.x * rstd, values[i + 1] = four.y * rstd;
+        values[i + 2] = four.z * rstd, values[i + 3] = four.w * rstd;
+      }
+      if (args.weight != nullptr) {
         float scale[N];
-        unpack(load_vector(weight, v * N, H, weight_aligned), scale, T{});
+        load_weight<T>(args, v * N, scale);
 #pragma unroll
         for (int i = 0; i < N; ++i) values[i] *= scale[i];
       }
@@ -95,12 +116,16 @@ void all_reduce_rms_norm(const Channel& channel, const AllReduceRmsNorm& args, D
   const int64_t bytes = all_reduce_rms_norm_bytes(args.rows, args.hidden, dtype);
   TPWEAVE_CHECK(bytes > 0 && bytes <= channel.half_bytes(), args.rows, " rows of ", args.hidden,
                 " do not fit in a half of ", channel.half_bytes(), " bytes");
+  TPWEAVE_CHECK(args.hidden <= kMaxNormColumns, "takes rows of up to ", kMaxNormColumns, ", not ", args.hidden);
   const uint32_t digest = digest_of(
       {'n', static_cast<int>(dtype), args.rows, args.hidden, args.residual != nullptr, args.weight != nullptr});
   const int blocks = static_cast<int>(args.rows < kMaxBlocks ? args.rows : kMaxBlocks);
   const DeviceGuard guard(channel.device());
   const auto run = [&](auto kernel) {
-    launch(kernel, blocks, kReduceThreads, stream, channel.peers(timeout), args, channel.half_bytes(), digest);
+    // Whole vectors, of up to 8 elements.
+    const int64_t shared = (args.hidden + 7) / 8 * 8 * static_cast<int64_t>(sizeof(float));
+    launch(kernel, {blocks, kReduceThreads, shared, stream}, channel.peers(timeout), args, channel.half_bytes(),
+           digest);
   };
   switch (dtype) {
     case DType::kFloat32: return run(all_reduce_rms_norm_kernel<float>);

@@ -26,6 +26,10 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 
+struct float4 {
+  float x, y, z, w;
+};
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
@@ -35,7 +39,9 @@ struct dim3 {
 namespace emulated {
 
 struct Block {
-  explicit Block(unsigned threads) : values(threads) { pthread_barrier_init(&barrier, nullptr, threads); }
+  Block(unsigned threads, size_t shared_bytes) : values(threads), memory((shared_bytes + 15) / 16) {
+    pthread_barrier_init(&barrier, nullptr, threads);
+  }
   ~Block() { pthread_barrier_destroy(&barrier); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -54,6 +60,7 @@ struct Block {
 
   pthread_barrier_t barrier;
   std::vector<float> values;
+  std::vector<uint4> memory;
 };
 
 inline thread_local Block* block = nullptr;
@@ -101,10 +108,17 @@ using std::memcpy;
 using cudaStream_t = void*;
 using cudaEvent_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
-enum { cudaEventDisableTiming, cudaStreamNonBlocking, cudaHostAllocMapped, cudaMemcpyDefault };
+enum {
+  cudaEventDisableTiming,
+  cudaStreamNonBlocking,
+  cudaHostAllocMapped,
+  cudaMemcpyDefault,
+  cudaFuncAttributeMaxDynamicSharedMemorySize
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 
@@ -130,6 +144,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
   std::memcpy(to, from, bytes);
   return cudaSuccess;
@@ -149,7 +168,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 grid = config->gridDim;
   const dim3 threads(config->blockDim.x < kMaxThreads ? config->blockDim.x : kMaxThreads);
   for (unsigned b = 0; b < grid.x; ++b) {
-    emulated::Block block(threads.x);
+    emulated::Block block(threads.x, config->dynamicSmemBytes);
     std::vector<std::thread> running;
     for (unsigned t = 0; t < threads.x; ++t) {
       running.emplace_back([&, t] {
