@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import tpweave
-from tpweave.distributed.cuda_memory import library_objection
+from tpweave.comm.all_reduce_rms_norm import MAX_CUDA_COLUMNS
+from tpweave.distributed.cuda_memory import MAX_RANKS, library_objection
 
 ROOT = pathlib.Path(__file__).parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
@@ -96,10 +97,11 @@ def test_machine_code_orders_signals_and_moves_16_bytes(library):
 def test_library_loads_without_a_gpu_and_tpweave_does_not_load_it(library):
     load = (
         "import importlib.util, sys; spec = importlib.util.spec_from_file_location('tpweave._cuda', sys.argv[1]);"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); print(module.MAX_RANKS)"
+        "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m); print(m.MAX_RANKS, m.MAX_NORM_COLUMNS)"
     )
     done = subprocess.run([sys.executable, "-c", load, str(library)], capture_output=True, text=True)
-    assert done.stdout.strip() == "16", done.stderr
+    # The Python side holds the same numbers, for it does not load the library to say why not.
+    assert done.stdout.split() == [str(MAX_RANKS), str(MAX_CUDA_COLUMNS)], done.stderr
     ops = (
         "import sys, tpweave; from tpweave.dispatch import load_ops; load_ops(); print('tpweave._cuda' in sys.modules)"
     )
@@ -143,7 +145,7 @@ def test_without_nvcc(setting, code, words):
     assert words in done.stderr and done.stderr.count("tpweave: ") == (1 if words else 0)
 
 
-@pytest.mark.parametrize("op", ["all_reduce", "all_gather"])
+@pytest.mark.parametrize("op", ["all_reduce", "all_gather", "all_reduce_rms_norm"])
 def test_rows_say_why_they_do_not_run(op):
     reasons = dict(tpweave.explain(op, torch.ones(4)).rows)
     assert reasons["cuda"] == "needs cuda tensors, these are on cpu"

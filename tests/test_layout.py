@@ -75,6 +75,8 @@ def test_no_reference_test_or_benchmark_without_its_stem(area):
 def backend_files():
     for path in sorted((ROOT / "csrc/cpu").glob("*/*_kernel.cpp")):
         yield path.stem.removesuffix("_kernel"), ("cpu", "shm"), path.relative_to(ROOT)
+    for path in sorted((ROOT / "csrc/cuda").glob("*/*.cu")):
+        yield path.stem, ("cuda",), path.relative_to(ROOT)
     for area in AREAS:
         for path in sorted((ROOT / "kernels" / area).glob("*.py")):
             if path.stem != "__init__":

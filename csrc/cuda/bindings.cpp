@@ -54,9 +54,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_NORM_COLUMNS") = kMaxNormColumns;
   m.attr("PAD_BYTES") = kPadBytes;
   m.def("objection", &objection, py::arg("device"));
-  m.def("all_reduce_rms_norm_bytes", [](int64_t rows, int64_t hidden, int dtype) {
-    return all_reduce_rms_norm_bytes(rows, hidden, static_cast<DType>(dtype));
-  });
   m.def("part_of", [](int64_t count, int parts, int index) {
     const Span span = part_of(count, parts, index);
     return std::pair<int64_t, int64_t>(span.begin, span.end);

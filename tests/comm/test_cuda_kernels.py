@@ -16,10 +16,12 @@ pytest.importorskip("pybind11")
 
 from cuda_ranks import Ranks, emulated_library
 
+from tpweave.dispatch import Inputs
 from tpweave.distributed import cuda_memory
 from tpweave.errors import CollectiveMismatchError, PeerFailureError
 from tpweave.native import DTYPE_CODES, data_ptr
 from tpweave.reference.comm.all_reduce import sum_in_rank_order
+from tpweave.reference.comm.all_reduce_rms_norm import reduced_norm_reference
 from tpweave.reference.ops.rms_norm import rms_norm_reference
 from tpweave.testing import assert_accurate
 
@@ -262,7 +264,7 @@ def groups(monkeypatch):
         monkeypatch.setitem(cuda_memory._groups, group, cuda_memory._Channels(None))
     monkeypatch.setattr(cuda_memory, "_new_channel", new_channel)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for name in ("all_reduce", "all_gather"):
+    for name in ("all_reduce", "all_gather", "all_reduce_rms_norm"):
         monkeypatch.setattr(importlib.import_module(f"tpweave.comm.{name}"), "current_stream", lambda device: 0)
     return made
 
@@ -296,6 +298,34 @@ def test_rows_of_all_gather(groups):
             args = (dim, splits)
             for y in on_all(groups, lambda group, xs=xs, args=args: row(xs[group.rank], args[0], group, args[1])):
                 assert torch.equal(y, torch.cat(xs, dim))
+
+
+def test_rows_of_all_reduce_rms_norm(groups):
+    row = importlib.import_module("tpweave.comm.all_reduce_rms_norm").all_reduce_rms_norm_cuda
+    for dtype, weight_dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
+        xs = [torch.randn(2, 3, 100).to(dtype) for _ in groups]
+        residual, weight = torch.randn(3, 2, 100).to(dtype).transpose(0, 1), torch.randn(100).to(weight_dtype)
+        for with_residual in (residual, None):
+            for with_weight in (weight, None):
+                args = (with_residual, with_weight, 1e-5, None)
+                want = reduced_norm_reference(xs, *args)
+                for got in on_all(groups, lambda group, xs=xs, args=args: row(xs[group.rank], *args, group)):
+                    assert torch.equal(got[1], want[1])
+                    exact = reduced_norm_reference([x.double() for x in xs], *args)
+                    assert_accurate(got[0], exact[0], want[0])
+                    torch.testing.assert_close(got[2], want[2])
+
+
+def test_rows_of_all_reduce_rms_norm_say_why_not(groups):
+    rule = importlib.import_module("tpweave.comm.all_reduce_rms_norm").cuda_norm_objection
+    for shape, values, words in (
+        ((4, 8), {"quantize": "int8"}, "gives no codes (quantize)"),
+        ((0, 8), {}, "takes at least one element"),
+        ((1, 24577), {}, "takes a last dim of up to 24576, not 24577"),
+        ((1024, 1024), {}, "takes up to 524288 bytes on 3 ranks, not 4194304"),
+        ((4, 8), {}, None),
+    ):
+        assert rule(Inputs([torch.empty(shape)], group=groups[0], **values)) == words
 
 
 def test_rows_raise_what_the_gpu_reported(groups):

@@ -29,7 +29,7 @@ from tpweave.comm.call import (
 )
 from tpweave.comm.hierarchical import sum_everywhere
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
-from tpweave.distributed.cuda_memory import channel, cuda_objection, current_stream
+from tpweave.distributed.cuda_memory import channel, cuda_objection, current_stream, one_shot_objection
 from tpweave.distributed.exchange import agree, describe
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.peer_memory import peer_memory, peer_memory_objection
@@ -41,12 +41,6 @@ if TYPE_CHECKING:
     from tpweave.distributed.group import GroupLike
 
 Tensor = torch.Tensor
-
-
-# Up to this many bytes one-shot: where vLLM's custom all-reduce changes over on NVLink, by the number of ranks (always
-# one-shot for two). Not measured here.
-_ONE_SHOT_BYTES = {3: 512 << 10, 4: 512 << 10}
-_ONE_SHOT_BYTES_OF_MORE = 256 << 10
 
 
 def all_reduce_local(x: Tensor, group: TPGroup) -> Tensor:
@@ -76,8 +70,7 @@ def all_reduce_cuda(x: Tensor, group: TPGroup) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel() > 0:
-        limit = _ONE_SHOT_BYTES.get(group.size, _ONE_SHOT_BYTES_OF_MORE)
-        two_shot = group.size > 2 and x.nbytes > limit
+        two_shot = one_shot_objection(group, x.nbytes) is not None
         # Two halves, of multiples of 16 bytes.
         made = channel(group, x.device, "all_reduce", 2 * ((x.nbytes + 15) // 16 * 16))
         made.all_reduce(

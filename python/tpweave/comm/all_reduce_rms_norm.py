@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tpweave.comm.call import check_tensor, direct, local_objection, pg_objection
+from tpweave.comm.call import check_tensor, direct, float_objection, local_objection, pg_objection
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
+from tpweave.distributed.cuda_memory import channel, cuda_objection, current_stream, one_shot_objection
 from tpweave.distributed.exchange import agree, describe, exchange_all, exchange_pieces
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import even_splits
 from tpweave.library import register_op
-from tpweave.native import _C, DTYPE_CODES, empty_dense
+from tpweave.native import _C, DTYPE_CODES, data_ptr, empty_dense
 from tpweave.ops.norm_common import check_norm, dense
 from tpweave.ops.rms_norm import RMS_NORM_BWD
 from tpweave.reference.comm.all_reduce_rms_norm import (
@@ -46,6 +47,8 @@ Tensor = torch.Tensor
 _NORMED_AS = {None: 0, "int8": 1, "fp8": 2}
 # Of a slot of the arena (csrc/symm_mem/arena.h), which holds a whole row.
 MAX_ROW_BYTES = 512 * 1024
+# csrc/cuda/comm/all_reduce_rms_norm.h holds the same number.
+MAX_CUDA_COLUMNS = 24 * 1024
 
 
 def row_objection(inputs: Inputs) -> str | None:
@@ -53,6 +56,18 @@ def row_objection(inputs: Inputs) -> str | None:
     x = inputs.tensors[0]
     nbytes = x.shape[-1] * x.element_size() if x.dim() else 0
     return None if nbytes <= MAX_ROW_BYTES else f"takes rows of up to {MAX_ROW_BYTES} bytes, not {nbytes}"
+
+
+def cuda_norm_objection(inputs: Inputs) -> str | None:
+    """A rule of the cuda row, in which every rank sums everything and keeps a row in shared memory."""
+    x = inputs.tensors[0]
+    if inputs.values.get("quantize") is not None:
+        return "gives no codes (quantize)"
+    if x.dim() == 0 or x.numel() == 0:
+        return "takes at least one element"
+    if x.shape[-1] > MAX_CUDA_COLUMNS:
+        return f"takes a last dim of up to {MAX_CUDA_COLUMNS}, not {x.shape[-1]}"
+    return one_shot_objection(inputs.group, x.nbytes)
 
 
 def _outputs(x: Tensor, quantize: str | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,6 +120,22 @@ def all_reduce_rms_norm_shm(
     return y, residual_out, stats
 
 
+def all_reduce_rms_norm_cuda(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, quantize: str | None, group: TPGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual = x.contiguous(), dense(residual)
+    weight, weight_code = _parameter(weight, x.dtype)
+    y, residual_out, rstd = _outputs(x, None)
+    # Two halves, in which rows begin at multiples of 16 bytes.
+    row_bytes = (x.shape[-1] * x.element_size() + 15) // 16 * 16
+    made = channel(group, x.device, "all_reduce_rms_norm", 2 * rstd.numel() * row_bytes)
+    made.all_reduce_rms_norm(
+        x.data_ptr(), data_ptr(residual), data_ptr(weight), y.data_ptr(), residual_out.data_ptr(), rstd.data_ptr(),
+        rstd.numel(), x.shape[-1], eps, DTYPE_CODES[x.dtype], weight_code, group.timeout, current_stream(x.device),
+    )  # fmt: skip
+    return y, residual_out, rstd
+
+
 def all_reduce_rms_norm_pg(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, quantize: str | None, group: TPGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +167,8 @@ ALL_REDUCE_RMS_NORM = Op("all_reduce_rms_norm", [
     Backend("local", all_reduce_rms_norm_local, Needs(rules=(local_objection,))),
     Backend("shm", all_reduce_rms_norm_shm, Needs(
         device="cpu", dtypes=FLOATS, transport="shm", rules=(row_objection,))),
+    Backend("cuda", all_reduce_rms_norm_cuda, Needs(
+        device="cuda", dtypes=FLOATS, rules=(float_objection, cuda_objection, cuda_norm_objection))),
     Backend("pg", all_reduce_rms_norm_pg, Needs(rules=(pg_objection,))),
     Backend("reference", all_reduce_rms_norm_reference, Needs()),
 ])  # fmt: skip
@@ -144,7 +177,7 @@ ALL_REDUCE_RMS_NORM = Op("all_reduce_rms_norm", [
 def _run(x, residual, weight, eps, quantize, group_name, backend):
     group = TPGroup.by_name(group_name)
     # Weights may differ between ranks in what a collective may not read.
-    row = ALL_REDUCE_RMS_NORM.choose(Inputs([x], group=group), backend)
+    row = ALL_REDUCE_RMS_NORM.choose(Inputs([x], group=group, quantize=quantize), backend)
     return row.run(x, residual, weight, eps, quantize, group)
 
 

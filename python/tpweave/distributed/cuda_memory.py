@@ -26,6 +26,11 @@ _FIRST_BYTES = 1 << 20
 # csrc/symm_mem/signal_pad.h holds the same.
 MAX_RANKS = 16
 
+# Up to how many bytes one-shot wins, by the number of ranks: where vLLM's custom all-reduce changes over on NVLink (for
+# two ranks it never does). Not measured here.
+_ONE_SHOT_BYTES = {3: 512 << 10, 4: 512 << 10}
+_ONE_SHOT_BYTES_OF_MORE = 256 << 10
+
 
 @functools.cache
 def library_objection(device: int) -> str | None:
@@ -68,6 +73,14 @@ def cuda_objection(inputs: Inputs) -> str | None:
     if group not in _groups:
         return "needs peer memory: call tpweave.distributed.peer_memory.connect(group, device) on all ranks first"
     return _groups[group].reason
+
+
+def one_shot_objection(group: TPGroup, nbytes: int) -> str | None:
+    """Why every rank should not sum everything itself, in words; None where that is quickest."""
+    limit = _ONE_SHOT_BYTES.get(group.size, _ONE_SHOT_BYTES_OF_MORE)
+    if group.size <= 2 or nbytes <= limit:
+        return None
+    return f"takes up to {limit} bytes on {group.size} ranks, not {nbytes}"
 
 
 def channel(group: TPGroup, device: torch.device, op: str, data_bytes: int) -> Any:
