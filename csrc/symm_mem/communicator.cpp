@@ -95,6 +95,7 @@ const char* collective_name(CollectiveOp op) {
     case CollectiveOp::kQuantizedAllGather: return "quantized_all_gather";
     case CollectiveOp::kQuantizedReduceScatter: return "quantized_reduce_scatter";
     case CollectiveOp::kDistributedTopk: return "distributed_topk";
+    case CollectiveOp::kVocabParallelEmbedding: return "vocab_parallel_embedding";
     case CollectiveOp::kNone: break;
   }
   return "nothing";

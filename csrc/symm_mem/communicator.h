@@ -64,7 +64,8 @@ enum class CollectiveOp : uint32_t {
   kQuantizedAllReduce,
   kQuantizedAllGather,
   kQuantizedReduceScatter,
-  kDistributedTopk
+  kDistributedTopk,
+  kVocabParallelEmbedding
 };
 
 const char* collective_name(CollectiveOp op);

@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "common/address.h"
 #include "common/check.h"
+#include "common/plain_call.h"
 #include "cpu/comm/all_gather.h"
 #include "cpu/comm/all_gather_matmul.h"
 #include "cpu/comm/all_reduce.h"
@@ -16,6 +17,7 @@
 #include "cpu/comm/distributed_topk.h"
 #include "cpu/comm/matmul_reduce_scatter.h"
 #include "cpu/comm/reduce_scatter.h"
+#include "cpu/comm/vocab_parallel_embedding.h"
 #include "symm_mem/communicator.h"
 
 namespace py = pybind11;
@@ -176,6 +178,31 @@ void bind_all_reduce_rms_norm(ShmCommunicator& comm, Address x, Address residual
                                               dtype, weight_dtype));
 }
 
+// (normed, residual_out) of a call that nothing but its result asks about; None for all others and what does not fit.
+py::object plain_all_reduce_rms_norm(ShmCommunicator& comm, const py::object& input, const py::object& added,
+                                     const py::object& scale, float eps) {
+  PyObject* const args[] = {input.ptr(), added.ptr(), scale.ptr()};
+  PlainCall call(args, 3);
+  const PlainTensor x = call.tensor(0), residual = call.optional_tensor(1), weight = call.optional_tensor(2);
+  if (!call.fits() || !x.is_floating() || !x.is_contiguous()) return py::none();
+  const int64_t hidden = x.size(-1);
+  const DType weight_dtype = weight.present() ? weight.dtype : x.dtype;
+  const bool weight_fits = !weight.present() || (weight.has_shape({hidden}) && weight.is_contiguous() &&
+                                                 (weight_dtype == x.dtype || weight_dtype == DType::kFloat32));
+  const bool residual_fits =
+      !residual.present() || (residual.dtype == x.dtype && residual.has_shape_of(x) && residual.is_contiguous());
+  const bool row_fits = hidden * static_cast<int64_t>(dtype_size(x.dtype)) <= kSlotBytes;
+  if (!weight_fits || !residual_fits || !row_fits || !call.is_plain()) return py::none();
+  const PlainOutput y = new_plain_like(x), residual_out = new_plain_like(x);
+  std::vector<float> rstd(static_cast<size_t>(x.num_rows()));
+  {
+    const ReleaseGil released;
+    all_reduce_rms_norm(comm, {x.data, residual.data, weight.data, y.tensor.data, residual_out.tensor.data, rstd.data(),
+                               x.num_rows(), hidden, eps, NormedAs::kSame, x.dtype, weight_dtype});
+  }
+  return py::make_tuple(y.object, residual_out.object);
+}
+
 // `sources`: [num_sources, rows, hidden].
 void bind_reduced_norm(Address sources, int num_sources, Address residual, Address weight, Address y,
                        Address residual_out, Address stats, int64_t rows, int64_t hidden, float eps, int normed_as,
@@ -196,6 +223,11 @@ void bind_topk(Address x, Address values, Address indices, int64_t rows, int64_t
 void bind_distributed_topk(ShmCommunicator& comm, Address x, Address values, Address indices, int64_t rows,
                            const Widths& columns, int64_t k, int dtype) {
   distributed_topk(comm, x.as(), values.as(), indices.as<int64_t>(), rows, columns, k, static_cast<DType>(dtype));
+}
+
+void bind_vocab_parallel_embedding(ShmCommunicator& comm, Address weight, Address ids, Address out, int64_t count,
+                                   int64_t row_bytes, const Widths& rows) {
+  vocab_parallel_embedding(comm, weight.as(), ids.as<const int64_t>(), out.as(), count, row_bytes, rows);
 }
 
 void bind_all_gather(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t outer, const Widths& inner_bytes) {
@@ -255,7 +287,7 @@ void register_shm_communicator(py::module_& m) {
   m.def("reduced_norm", &bind_reduced_norm, py::call_guard<py::gil_scoped_release>());
   m.def("topk", &bind_topk, py::call_guard<py::gil_scoped_release>());
   py::dict codes;
-  for (uint32_t op = 0; op <= static_cast<uint32_t>(CollectiveOp::kDistributedTopk); ++op) {
+  for (uint32_t op = 0; op <= static_cast<uint32_t>(CollectiveOp::kVocabParallelEmbedding); ++op) {
     codes[collective_name(static_cast<CollectiveOp>(op))] = op;
   }
   m.attr("COLLECTIVE_CODES") = codes;
@@ -272,7 +304,9 @@ void register_shm_communicator(py::module_& m) {
       .def("all_reduce", &bind_all_reduce, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("numel"), py::arg("dtype"),
            py::arg("shape") = py::none())
       .def("all_reduce_rms_norm", &bind_all_reduce_rms_norm, py::call_guard<py::gil_scoped_release>())
+      .def("all_reduce_rms_norm_plain", &plain_all_reduce_rms_norm)
       .def("distributed_topk", &bind_distributed_topk, py::call_guard<py::gil_scoped_release>())
+      .def("vocab_parallel_embedding", &bind_vocab_parallel_embedding, py::call_guard<py::gil_scoped_release>())
       .def("all_gather", &bind_all_gather, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
            py::arg("inner_bytes"), py::call_guard<py::gil_scoped_release>())
       .def("reduce_scatter", &bind_reduce_scatter, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),

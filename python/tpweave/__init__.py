@@ -41,6 +41,7 @@ _EXPORTS = {
     "restore": "tpweave.patch.core",
     "rms_norm": "tpweave.ops.rms_norm",
     "rope": "tpweave.ops.rope",
+    "vocab_parallel_embedding": "tpweave.comm.vocab_parallel_embedding",
 }
 _PACKAGES = ("layers",)
 

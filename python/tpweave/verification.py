@@ -301,6 +301,14 @@ CHECKS: tuple[Check, ...] = (
         collective=True,
     ),
     Check(
+        "vocab_parallel_embedding", "20 of 7+r rows of 33",
+        lambda d: (torch.arange(20, device=d.device) * 3 % (7 * d.ranks), d.normal(7 + d.rank, 33)),
+        lambda i, backend, group: tpweave.vocab_parallel_embedding(
+            *i, group, splits=[7 + rank for rank in range(group.size)], backend=backend
+        ),
+        collective=True,
+    ),
+    Check(
         "all_gather", "uneven 2x(3+r)x5",
         lambda d: (d.normal(2, 3 + d.rank, 5), _uneven(d)),
         lambda i, backend, group: tpweave.all_gather(i[0], 1, group, splits=i[1], backend=backend),

@@ -16,7 +16,7 @@ enum class NormedAs : int { kSame, kInt8, kFloat8E4M3 };
 // h = x_0 + x_1 + ... + residual, added in that order in fp32; residual_out = round(h);
 // y = h * rstd * weight with rstd = 1 / sqrt(mean(h^2) + eps), of h as it was before the rounding.
 // Quantised, y is round(y / scale) with a row's scale = max|y| / 127 (int8) or / 448 (float8).
-// Rows are dense; `residual`, `weight` and `stats` may be null.
+// Rows are dense; `residual` and `weight` may be null.
 struct ReducedNorm {
   const void* const* sources;  // each rank's rows, in rank order
   int num_sources;

@@ -8,7 +8,13 @@ namespace tpweave {
 namespace TPWEAVE_ISA_NAMESPACE {
 namespace {
 
-// The row's sums into row and residual_out; returns the sum of their squares. kSources 0: any number.
+template <typename T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
+// The row's sums into residual_out and, where that rounds them, into row; returns the sum of their squares. kSources 0:
+// any number.
 template <typename T, int kSources, bool kResidual>
 float sum_row(const ReducedNorm& args, int64_t at) {
   const int num_sources = kSources != 0 ? kSources : args.num_sources;
@@ -28,7 +34,7 @@ float sum_row(const ReducedNorm& args, int64_t at) {
     }
     for (int u = 0; u < kUnroll; ++u) {
       if (kResidual) sum[u] = sum[u] + load(residual + i + u * kLanes);
-      store(args.row + i + u * kLanes, sum[u]);
+      if (!kIsFloat<T>) store(args.row + i + u * kLanes, sum[u]);
       store(out + i + u * kLanes, sum[u]);
       squares[u] = fma(sum[u], sum[u], squares[u]);
     }
@@ -37,7 +43,7 @@ float sum_row(const ReducedNorm& args, int64_t at) {
     VecF sum = load(sources[0] + at + i + j, part);
     for (int r = 1; r < num_sources; ++r) sum = sum + load(sources[r] + at + i + j, part);
     if (kResidual) sum = sum + load(residual + i + j, part);
-    store(args.row + i + j, sum, part);
+    if (!kIsFloat<T>) store(args.row + i + j, sum, part);
     store(out + i + j, sum, part);
     squares[0] = fma(sum, sum, squares[0]);
   });
@@ -91,12 +97,13 @@ void norm_rows(const ReducedNorm& args) {
   for (int64_t r = 0; r < args.rows; ++r) {
     const float squares = sum_row<T, kSources, kResidual>(args, r * H);
     const float rstd = 1.0f / __builtin_sqrtf(squares / static_cast<float>(H) + args.eps);
+    const float* sums = kIsFloat<T> ? static_cast<const float*>(args.residual_out) + r * H : args.row;
     if (args.normed_as == NormedAs::kSame) {
-      scale_row(args.row, weight, rstd, static_cast<T*>(args.y) + r * H, H);
-      if (args.stats != nullptr) args.stats[r] = rstd;
+      scale_row(sums, weight, rstd, static_cast<T*>(args.y) + r * H, H);
+      args.stats[r] = rstd;
       continue;
     }
-    scale_row(args.row, weight, rstd, args.row, H);
+    scale_row(sums, weight, rstd, args.row, H);
     const float limit = args.normed_as == NormedAs::kInt8 ? 127.0f : 448.0f;
     const float most = largest(args.row, H);
     args.stats[r] = most / limit;

@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.compiler import is_compiling
 
 from tpweave.comm.call import check_tensor, direct, float_objection, local_objection, pg_objection
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
@@ -270,6 +271,11 @@ def all_reduce_rms_norm(
     Example:
         >>> normed, hidden = tpweave.all_reduce_rms_norm(partial, hidden, norm.weight, 1e-6)
     """
+    if quantize is None and backend is None and not is_compiling():
+        shm = resolve_group(group).shm
+        done = None if shm is None else shm.all_reduce_rms_norm_plain(x, residual, weight, eps)
+        if done is not None:
+            return done
     check_tensor("all_reduce_rms_norm", x)
     check_norm("all_reduce_rms_norm", x, weight, None, residual)
     if quantize not in _NORMED_AS:

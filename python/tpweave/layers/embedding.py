@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from tpweave.comm.regions import reduce_from_ranks
+from tpweave.comm.vocab_parallel_embedding import vocab_parallel_embedding
 from tpweave.distributed.group import resolve_group
 from tpweave.layers.sharding import Shard, ShardedModule
 
@@ -25,10 +24,8 @@ class VocabParallelEmbedding(ShardedModule):
     | weight_shard_v | [v, H]   | its rows     |
     | y              | [..., H] | the same     |
 
-        forward   y = sum over ranks of (weight_shard_v[id - start] where start <= id < stop, else 0)   (one all-reduce)
+        forward   y = weight_shard_v[id - start] of the rank where start <= id < stop   (`vocab_parallel_embedding`)
         wgrad     dweight_shard_v[id - start] += dy where start <= id < stop
-
-    Each sum has one term that is not zero, so y has the same bits as the unsharded table's row.
 
     Args:
         num_embeddings: V.
@@ -79,21 +76,8 @@ class VocabParallelEmbedding(ShardedModule):
         self._adopt("weight", embedding.weight, 0, self.shard)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.numel() > 0 and ids.device.type == "cpu":
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high >= self.num_embeddings:
-                raise ValueError(f"token ids go from {low} to {high}; this embedding has [0, {self.num_embeddings})")
-        start, stop = self.shard.ranges[self.group.rank]
-        if start == stop:
-            # Connected to the weight, so that every rank's backward has the same collectives.
-            y = self.weight.sum() + ids.new_zeros((*ids.shape, self.embedding_dim), dtype=self.weight.dtype)
-            return reduce_from_ranks(y, self.group)
-        outside = (ids < start) | (ids >= stop)
-        padding = None
-        if self.padding_idx is not None and start <= self.padding_idx < stop:
-            padding = self.padding_idx - start
-        y = F.embedding((ids - start).masked_fill(outside, 0), self.weight, padding)
-        return reduce_from_ranks(y.masked_fill(outside.unsqueeze(-1), 0), self.group)
+        splits = [stop - start for start, stop in self.shard.ranges]
+        return vocab_parallel_embedding(ids, self.weight, self.group, splits=splits, padding_idx=self.padding_idx)
 
     def extra_repr(self) -> str:
         start, stop = self.shard.ranges[self.group.rank]
