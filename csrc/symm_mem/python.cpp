@@ -178,6 +178,9 @@ void bind_all_reduce_rms_norm(ShmCommunicator& comm, Address x, Address residual
                                               dtype, weight_dtype));
 }
 
+// As _HUGE_BYTES of native.py.
+constexpr int64_t kHugeBytes = 4 << 20;
+
 // (normed, residual_out) of a call that nothing but its result asks about; None for all others and what does not fit.
 py::object plain_all_reduce_rms_norm(ShmCommunicator& comm, const py::object& input, const py::object& added,
                                      const py::object& scale, float eps) {
@@ -191,8 +194,10 @@ py::object plain_all_reduce_rms_norm(ShmCommunicator& comm, const py::object& in
                                                  (weight_dtype == x.dtype || weight_dtype == DType::kFloat32));
   const bool residual_fits =
       !residual.present() || (residual.dtype == x.dtype && residual.has_shape_of(x) && residual.is_contiguous());
-  const bool row_fits = hidden * static_cast<int64_t>(dtype_size(x.dtype)) <= kSlotBytes;
-  if (!weight_fits || !residual_fits || !row_fits || !call.is_plain()) return py::none();
+  const int64_t row_bytes = hidden * static_cast<int64_t>(dtype_size(x.dtype));
+  // Python asks for huge pages for large outputs.
+  const bool bytes_fit = row_bytes <= kSlotBytes && x.num_rows() * row_bytes < kHugeBytes;
+  if (!weight_fits || !residual_fits || !bytes_fit || !call.is_plain()) return py::none();
   const PlainOutput y = new_plain_like(x), residual_out = new_plain_like(x);
   std::vector<float> rstd(static_cast<size_t>(x.num_rows()));
   {

@@ -18,6 +18,7 @@ Dims: H hidden, N all other dims together, R ranks. Source: flashinfer's and vLL
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ from tpweave.distributed.exchange import agree, describe, exchange_all, exchange
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import even_splits
 from tpweave.library import register_op
-from tpweave.native import _C, DTYPE_CODES, data_ptr, empty_dense
+from tpweave.native import _C, DTYPE_CODES, data_ptr, empty_dense, new_output
 from tpweave.ops.norm_common import check_norm, dense
 from tpweave.ops.rms_norm import RMS_NORM_BWD
 from tpweave.reference.comm.all_reduce_rms_norm import (
@@ -71,11 +72,13 @@ def cuda_norm_objection(inputs: Inputs) -> str | None:
     return one_shot_objection(inputs.group, x.nbytes)
 
 
-def _outputs(x: Tensor, quantize: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    x: Tensor, quantize: str | None, empty: Callable[[Tensor, torch.Size], Tensor] = new_output
+) -> tuple[Tensor, Tensor, Tensor]:
     """y or codes, residual_out, rstd or scales; uninitialised."""
-    y = empty_dense(x) if quantize is None else x.new_empty(x.shape, dtype=CODES[quantize][0])
+    y = empty(x, x.shape) if quantize is None else x.new_empty(x.shape, dtype=CODES[quantize][0])
     wide = torch.float64 if x.dtype == torch.float64 and quantize is None else torch.float32
-    return y, empty_dense(x), x.new_empty(x.shape[:-1], dtype=wide)
+    return y, empty(x, x.shape), x.new_empty(x.shape[:-1], dtype=wide)
 
 
 def _parameter(weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, int]:
@@ -187,7 +190,7 @@ def _impl(x, residual, weight, eps, group_name, backend):
 
 
 def _fake(x, residual, weight, eps, group_name, backend):
-    return _outputs(x, None)
+    return _outputs(x, None, torch.Tensor.new_empty)
 
 
 def _setup_context(ctx, inputs, output):
@@ -231,7 +234,7 @@ _op = register_op(
 _quantized_op = register_op(
     "all_reduce_rms_norm_quantized(Tensor x, Tensor? residual, Tensor? weight, float eps, str quantize, "
     "str group_name, str? backend) -> (Tensor, Tensor, Tensor)",
-    _run, lambda x, residual, weight, eps, quantize, group_name, backend: _outputs(x, quantize),
+    _run, lambda x, residual, weight, eps, quantize, group_name, backend: _outputs(x, quantize, torch.Tensor.new_empty),
 )  # fmt: skip
 
 
