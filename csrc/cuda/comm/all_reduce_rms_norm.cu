@@ -106,14 +106,10 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
 
 }  // namespace
 
-int64_t all_reduce_rms_norm_bytes(int64_t rows, int64_t hidden, DType dtype) {
-  const int64_t row = (hidden * static_cast<int64_t>(dtype_size(dtype)) + 15) / 16 * 16;
-  return rows * row;
-}
-
 void all_reduce_rms_norm(const Channel& channel, const AllReduceRmsNorm& args, DType dtype, double timeout,
                          cudaStream_t stream) {
-  const int64_t bytes = all_reduce_rms_norm_bytes(args.rows, args.hidden, dtype);
+  const int64_t row_bytes = (args.hidden * static_cast<int64_t>(dtype_size(dtype)) + 15) / 16 * 16;
+  const int64_t bytes = args.rows * row_bytes;
   TPWEAVE_CHECK(bytes > 0 && bytes <= channel.half_bytes(), args.rows, " rows of ", args.hidden,
                 " do not fit in a half of ", channel.half_bytes(), " bytes");
   TPWEAVE_CHECK(args.hidden <= kMaxNormColumns, "takes rows of up to ", kMaxNormColumns, ", not ", args.hidden);

@@ -22,9 +22,7 @@ struct AllReduceRmsNorm {
 // A row of fp32 has to fit in the shared memory that a block has on every GPU from sm_80 on.
 constexpr int64_t kMaxNormColumns = 24 * 1024;
 
-// Bytes of each rank's half that a call takes: rows begin at multiples of 16 bytes.
-int64_t all_reduce_rms_norm_bytes(int64_t rows, int64_t hidden, DType dtype);
-
+// half_bytes() holds x, its rows beginning at multiples of 16 bytes.
 void all_reduce_rms_norm(const Channel& channel, const AllReduceRmsNorm& args, DType dtype, double timeout,
                          cudaStream_t stream);
 
