@@ -31,7 +31,7 @@ BENCH = Bench(
     cases=tuple(
         Case(f"{dtype} M{m} K{k} N{n}", {"rows": m, "depth": k, "columns": n, "dtype": dtype})
         for dtype in ("fp32", "bf16")
-        for m, k, n in ((1, 2048, 4096), (8, 2048, 4096), (128, 1024, 1024))
+        for m, k, n in ((1, 2048, 4096), (4, 2048, 4096), (8, 2048, 4096), (16, 2048, 4096), (128, 1024, 1024))
     ),
     make=make,
     ours=lambda inputs: tpweave.matmul_all_reduce(inputs[0], inputs[1].t()),

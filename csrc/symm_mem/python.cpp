@@ -15,6 +15,7 @@
 #include "cpu/comm/all_reduce_rms_norm.h"
 #include "cpu/comm/all_to_all.h"
 #include "cpu/comm/distributed_topk.h"
+#include "cpu/comm/matmul_all_reduce.h"
 #include "cpu/comm/matmul_reduce_scatter.h"
 #include "cpu/comm/reduce_scatter.h"
 #include "cpu/comm/vocab_parallel_embedding.h"
@@ -274,6 +275,13 @@ uint64_t bind_matmul_reduce_scatter(ShmCommunicator& comm, uintptr_t product, in
       extra);
 }
 
+void bind_matmul_all_reduce(ShmCommunicator& comm, uintptr_t a, int64_t stride_a, uintptr_t b, int64_t stride_bk,
+                            int64_t stride_bn, uintptr_t bias, uintptr_t out, int64_t rows, int64_t columns,
+                            int64_t depth, int dtype) {
+  matmul_all_reduce(comm, {pointer(a), stride_a, pointer(b), stride_bk, stride_bn, pointer(bias), pointer(out), rows,
+                           columns, depth, static_cast<DType>(dtype), false});
+}
+
 uint64_t bind_all_gather_matmul_gather(ShmCommunicator& comm, uintptr_t whole, int64_t outer, const Widths& inner_bytes,
                                        int dtype, int64_t fact, int64_t extra, bool lent) {
   return all_gather_matmul_gather(comm, pointer(whole), outer, inner_bytes, static_cast<DType>(dtype), fact, extra,
@@ -285,6 +293,7 @@ uint64_t bind_all_gather_matmul_gather(ShmCommunicator& comm, uintptr_t whole, i
 void register_shm_communicator(py::module_& m) {
   py::register_local_exception_translator(&translate);
   m.attr("SHM_MAX_RANKS") = kMaxRanks;
+  m.attr("SHM_SLOT_BYTES") = kSlotBytes;
   m.attr("SHM_SIGNAL_BYTES") = kSignalBytes;
   m.def(
       "shm_arena_create", [](int size, const py::bytes& nonce) { return Arena::create(size, std::string(nonce)); },
@@ -319,6 +328,7 @@ void register_shm_communicator(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def("all_to_all", &bind_all_to_all, py::arg("in_ptr"), py::arg("out_ptr"), py::arg("outer"),
            py::arg("in_inner_bytes"), py::arg("out_inner_bytes"), py::call_guard<py::gil_scoped_release>())
+      .def("matmul_all_reduce", &bind_matmul_all_reduce, py::call_guard<py::gil_scoped_release>())
       .def("matmul_reduce_scatter", &bind_matmul_reduce_scatter, py::call_guard<py::gil_scoped_release>())
       .def("all_gather_matmul_gather", &bind_all_gather_matmul_gather, py::call_guard<py::gil_scoped_release>())
       .def("barrier", &ShmCommunicator::barrier, py::call_guard<py::gil_scoped_release>())

@@ -1,5 +1,5 @@
-// The local half of matmul_all_reduce for few rows: fp32 partial products of a tall-and-thin matmul that
-// reads its weights once.
+// matmul_all_reduce for few rows: fp32 partial products of a tall-and-thin matmul that reads its weights once, written
+// where the other ranks read them.
 #pragma once
 
 #include <cstdint>
@@ -37,5 +37,29 @@ struct SmallMatmulKernels {
 inline int64_t packed_depth(int64_t depth) { return (depth + 31) / 32 * 32; }
 
 TPWEAVE_DECLARE_KERNELS(SmallMatmulKernels, small_matmul_kernels)
+
+class ShmCommunicator;
+
+// A product of any number of rows. Strides of b in elements: one of them must be 1.
+struct LocalMatmul {
+  const void* a;
+  int64_t stride_a;  // between rows; elements of a row are neighbours
+  const void* b;
+  int64_t stride_bk;
+  int64_t stride_bn;
+  const void* bias;  // or null
+  void* out;         // dense, of dtype, or fp32 where `wide`
+  int64_t rows;
+  int64_t columns;
+  int64_t depth;
+  DType dtype;
+  bool wide;
+};
+
+void small_matmul(const LocalMatmul& args);
+
+// The whole collective, where rows * columns fp32 sums fit a slot of the arena: every rank multiplies into its own,
+// then adds all of them in rank order and its bias, and rounds once into args.out, of args.dtype.
+void matmul_all_reduce(ShmCommunicator& comm, const LocalMatmul& args);
 
 }  // namespace tpweave

@@ -8,69 +8,133 @@ namespace tpweave {
 namespace TPWEAVE_ISA_NAMESPACE {
 namespace {
 
-// Dense columns of b: kColumns dot products with kRows rows of a at once.
-template <typename T, typename Out, int kRows, int kColumns>
-TPWEAVE_INLINE void dot_block(const SmallMatmul& args, int64_t row, int64_t column) {
+// One row and dense columns of b: kColumns dot products at once.
+template <typename T, typename Out, int kColumns>
+TPWEAVE_INLINE void dot_block(const SmallMatmul& args, int64_t column) {
   typedef DotOf<T> Dot;
-  const int64_t K = args.depth;
-  const int64_t stride_a = (K + 31) / 32 * 32;
-  const typename Dot::Packed* a = static_cast<const typename Dot::Packed*>(args.packed_a) + row * stride_a;
+  const typename Dot::Packed* a = static_cast<const typename Dot::Packed*>(args.packed_a);
   const T* b = static_cast<const T*>(args.b) + column * args.stride_b;
+  VecF sums[kColumns];
+  for (int n = 0; n < kColumns; ++n) sums[n] = zero();
+  int64_t k = 0;
+  for (; k + Dot::kStep <= args.depth; k += Dot::kStep) {
+    const typename Dot::Operand va = Dot::load_a(a + k);
+    for (int n = 0; n < kColumns; ++n) {
+      // The next columns' weights: the hardware does not look beyond a page, and a column is few pages.
+      __builtin_prefetch(b + (n + kColumns) * args.stride_b + k, 0, 2);
+      sums[n] = Dot::multiply_add(va, Dot::load_b(b + n * args.stride_b + k), sums[n]);
+    }
+  }
+  if (k < args.depth) {
+    const typename Dot::Operand va = Dot::load_a(a + k);
+    for (int n = 0; n < kColumns; ++n) {
+      sums[n] = Dot::multiply_add(va, Dot::load_b_partial(b + n * args.stride_b + k, args.depth - k), sums[n]);
+    }
+  }
+  const T* bias = static_cast<const T*>(args.bias);
+  Out* out = static_cast<Out*>(args.out) + column;
+  for (int n = 0; n < kColumns; ++n) {
+    from_float((bias != nullptr ? to_float(bias[column + n]) : 0.0f) + reduce_add(sums[n]), out + n);
+  }
+}
+
+// More rows: the depth in pieces, of which all rows of a stay in L1 (16 KB) while a panel of columns passes by; the
+// sums wait in `kept`, as vectors, for the next piece.
+constexpr int64_t kPieceBytes = 1024;
+
+// 4 x 3 sums, 3 weights and 1 activation are AVX2's 16 registers.
+constexpr int kDotColumns = kLanes == 16 ? 4 : 3;
+constexpr int kPanel = 4 * kDotColumns;
+
+TPWEAVE_INLINE float* kept_sum(float* kept, int64_t row, int64_t column) {
+  return kept + (column * kMaxRows + row) * kLanes;
+}
+
+// `column` counts from `panel`. kFetch: this pass asks for the next panel's weights, which the hardware does not: it
+// stays within a page.
+template <typename T, int kRows, int kColumns, bool kFetch>
+TPWEAVE_INLINE void add_dots(const SmallMatmul& args, int64_t row, int64_t panel, int64_t column, int64_t from,
+                             int64_t to, float* kept) {
+  typedef DotOf<T> Dot;
+  const int64_t stride_a = (args.depth + 31) / 32 * 32;
+  const typename Dot::Packed* a = static_cast<const typename Dot::Packed*>(args.packed_a) + row * stride_a;
+  const T* b = static_cast<const T*>(args.b) + (panel + column) * args.stride_b;
   VecF sums[kRows][kColumns];
   for (int m = 0; m < kRows; ++m) {
-    for (int n = 0; n < kColumns; ++n) sums[m][n] = zero();
+    for (int n = 0; n < kColumns; ++n) {
+      sums[m][n] = from == 0 ? zero() : load(kept_sum(kept, row + m, column + n));
+    }
   }
-  int64_t k = 0;
-  for (; k + Dot::kStep <= K; k += Dot::kStep) {
+  int64_t k = from;
+  for (; k + Dot::kStep <= to; k += Dot::kStep) {
     typename Dot::Operand vb[kColumns];
     for (int n = 0; n < kColumns; ++n) {
       vb[n] = Dot::load_b(b + n * args.stride_b + k);
-      // The next columns' weights: the hardware does not look beyond a page, and a column is few pages.
-      if (kRows == 1) __builtin_prefetch(b + (n + kColumns) * args.stride_b + k, 0, 2);
+      if (kFetch) __builtin_prefetch(b + (kPanel + n) * args.stride_b + k, 0, 2);
     }
     for (int m = 0; m < kRows; ++m) {
       const typename Dot::Operand va = Dot::load_a(a + m * stride_a + k);
       for (int n = 0; n < kColumns; ++n) sums[m][n] = Dot::multiply_add(va, vb[n], sums[m][n]);
     }
   }
-  if (k < K) {
+  if (k < to) {
     for (int n = 0; n < kColumns; ++n) {
-      const typename Dot::Operand vb = Dot::load_b_partial(b + n * args.stride_b + k, K - k);
+      const typename Dot::Operand vb = Dot::load_b_partial(b + n * args.stride_b + k, to - k);
       for (int m = 0; m < kRows; ++m) {
         sums[m][n] = Dot::multiply_add(Dot::load_a(a + m * stride_a + k), vb, sums[m][n]);
       }
     }
   }
-  const T* bias = static_cast<const T*>(args.bias);
-  Out* out = static_cast<Out*>(args.out) + row * args.columns + column;
   for (int m = 0; m < kRows; ++m) {
-    for (int n = 0; n < kColumns; ++n) {
-      const float start = bias != nullptr ? to_float(bias[column + n]) : 0.0f;
-      from_float(start + reduce_add(sums[m][n]), out + m * args.columns + n);
-    }
+    for (int n = 0; n < kColumns; ++n) store(kept_sum(kept, row + m, column + n), sums[m][n]);
   }
 }
 
-// One row needs several sums in flight to hide the FMA's latency, four rows fill the registers.
-template <typename T, typename Out, int kColumns>
-TPWEAVE_INLINE void dot_columns(const SmallMatmul& args, int64_t column) {
+template <typename T, int kColumns>
+TPWEAVE_INLINE void add_columns(const SmallMatmul& args, int64_t panel, int64_t column, int64_t from, int64_t to,
+                                float* kept) {
   int64_t row = 0;
-  for (; row + 4 <= args.rows; row += 4) dot_block<T, Out, 4, kColumns>(args, row, column);
-  for (; row + 2 <= args.rows; row += 2) dot_block<T, Out, 2, kColumns>(args, row, column);
-  for (; row < args.rows; ++row) dot_block<T, Out, 1, kColumns>(args, row, column);
+  if (args.rows >= 4) {
+    add_dots<T, 4, kColumns, true>(args, 0, panel, column, from, to, kept);
+    row = 4;
+  }
+  for (; row + 4 <= args.rows; row += 4) add_dots<T, 4, kColumns, false>(args, row, panel, column, from, to, kept);
+  for (; row + 2 <= args.rows; row += 2) add_dots<T, 2, kColumns, true>(args, row, panel, column, from, to, kept);
+  for (; row < args.rows; ++row) add_dots<T, 1, kColumns, true>(args, row, panel, column, from, to, kept);
 }
 
 template <typename T, typename Out>
 void multiply_dense_columns(const SmallMatmul& args, int64_t begin, int64_t end) {
-  // 4 x 3 sums, 3 weights and 1 activation are AVX2's 16 registers.
-  constexpr int kColumns = kLanes == 16 ? 4 : 3;
   int64_t column = begin;
   if (args.rows == 1) {
-    for (; column + 4 <= end; column += 4) dot_block<T, Out, 1, 4>(args, 0, column);
-  } else {
-    for (; column + kColumns <= end; column += kColumns) dot_columns<T, Out, kColumns>(args, column);
+    // Several sums in flight hide the FMA's latency.
+    for (; column + 4 <= end; column += 4) dot_block<T, Out, 4>(args, column);
+    for (; column < end; ++column) dot_block<T, Out, 1>(args, column);
+    return;
   }
-  for (; column < end; ++column) dot_columns<T, Out, 1>(args, column);
+  constexpr int64_t kPiece = kPieceBytes / sizeof(typename DotOf<T>::Packed);
+  alignas(64) float kept[kMaxRows * kPanel * kLanes];
+  const T* bias = static_cast<const T*>(args.bias);
+  for (; column < end; column += kPanel) {
+    const int64_t count = min_of(kPanel, end - column);
+    int64_t from = 0;
+    do {
+      const int64_t to = min_of(args.depth, from + kPiece);
+      int64_t c = 0;
+      for (; c + kDotColumns <= count; c += kDotColumns) {
+        add_columns<T, kDotColumns>(args, column, c, from, to, kept);
+      }
+      for (; c < count; ++c) add_columns<T, 1>(args, column, c, from, to, kept);
+      from = to;
+    } while (from < args.depth);
+    for (int64_t m = 0; m < args.rows; ++m) {
+      Out* out = static_cast<Out*>(args.out) + m * args.columns + column;
+      for (int64_t c = 0; c < count; ++c) {
+        const float start = bias != nullptr ? to_float(bias[column + c]) : 0.0f;
+        from_float(start + reduce_add(load(kept_sum(kept, m, c))), out + c);
+      }
+    }
+  }
 }
 
 // Dense rows of b: kDepth of them, scaled, are added to the sums at once, so that a sum is loaded and stored once for

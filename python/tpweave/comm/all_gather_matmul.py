@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tpweave.comm.all_gather import all_gather_op, all_gather_pg
-from tpweave.comm.call import local_objection, pg_objection
+from tpweave.comm.call import direct, local_objection, pg_objection
 from tpweave.comm.local_matmul import as_rows, local_matmul, sum_of_matmuls, wide_dtype
 from tpweave.comm.matmul_reduce_scatter import (
+    PART_ROWS,
     check_matmul,
     matmul_reduce_scatter_op,
     parts_objection,
@@ -263,6 +264,10 @@ def all_gather_matmul(
     # All or none travel further; one that is missing is zero.
     bias = [b.new_zeros(b.shape[1]) if x is None else x for b, x in zip(bs, given, strict=True)]
     bias = [] if all(x is None for x in given) else bias
+    if a_shard.dtype in _DTYPES and direct(op, a_shard, found, backend) is not None and is_plain_call(*bs, *bias):
+        in_parts = rows_of_parts(a_shard, dim, splits) >= PART_ROWS
+        run = all_gather_matmul_shm if in_parts else all_gather_matmul_shm_whole
+        return run(a_shard, bs, bias, dim, found, splits, return_a)
     call = _impl if is_plain_call(a_shard, *bs, *bias) else all_gather_matmul_op
     a, ys = call(a_shard, list(bs), bias, dim, found.name, splits, return_a, backend)
     return a if return_a else None, ys

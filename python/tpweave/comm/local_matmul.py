@@ -41,14 +41,18 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
-def small_matmul(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """a @ b + bias into `out`, [M, N], dense, fp32 or of a's dtype, by the kernel; b is read once for 16 rows."""
+def kernel_operands(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same with the strides that the kernel takes: dense rows of a, dense rows or columns of b."""
     a = a if a.stride(1) == 1 else a.contiguous()
     b = b if 1 in b.stride() else b.contiguous()
-    stride_k, stride_n = b.stride()
-    bias = None if bias is None else bias.contiguous()
+    return a, b, None if bias is None else bias.contiguous()
+
+
+def small_matmul(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """a @ b + bias into `out`, [M, N], dense, fp32 or of a's dtype, by the kernel; b is read once for 16 rows."""
+    a, b, bias = kernel_operands(a, b, bias)
     _C.small_matmul(
-        a.data_ptr(), a.stride(0), b.data_ptr(), stride_k, stride_n, data_ptr(bias), out.data_ptr(), a.shape[0],
+        a.data_ptr(), a.stride(0), b.data_ptr(), *b.stride(), data_ptr(bias), out.data_ptr(), a.shape[0],
         b.shape[1], b.shape[0], DTYPE_CODES[a.dtype], out.dtype == torch.float32,
     )  # fmt: skip
     return out

@@ -1,5 +1,7 @@
 """Matmul and all-reduce: y = sum over ranks of a_r @ b_r, plus bias once. The output of a row-parallel linear layer.
 
+On shared memory few rows are one native call: every rank multiplies into memory that its peers read.
+
 Partial products are added in fp32 and rounded once, with one exception: on machines with bf16 instructions
 the local product of more than SMALL_ROWS rows of bf16 or fp16 is torch's, which rounds it before the ranks add theirs.
 
@@ -18,10 +20,11 @@ import torch
 
 from tpweave.comm.all_reduce import all_reduce_pg
 from tpweave.comm.call import SUM_CODES, direct, local_objection, pg_objection
-from tpweave.comm.local_matmul import as_rows, local_matmul, wide_dtype
+from tpweave.comm.local_matmul import as_rows, is_native, kernel_operands, local_matmul, wide_dtype
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.library import register_op
+from tpweave.native import _C, DTYPE_CODES, data_ptr
 from tpweave.reference.comm.matmul_all_reduce import matmul_all_reduce_reference
 
 if TYPE_CHECKING:
@@ -32,11 +35,20 @@ Tensor = torch.Tensor
 
 def matmul_all_reduce_shm(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGroup) -> Tensor:
     rows = as_rows(a)
-    out = torch.empty(rows.shape[0], b.shape[1], dtype=wide_dtype(rows))
+    m, n = rows.shape[0], b.shape[1]
+    if is_native(rows) and m * n * 4 <= _C.SHM_SLOT_BYTES:
+        out = a.new_empty(*a.shape[:-1], n)
+        rows, b, bias = kernel_operands(rows, b, bias)
+        group.shm.matmul_all_reduce(
+            rows.data_ptr(), rows.stride(0), b.data_ptr(), *b.stride(), data_ptr(bias), out.data_ptr(), m, n,
+            b.shape[0], DTYPE_CODES[a.dtype],
+        )  # fmt: skip
+        return out
+    out = group.empty((m, n), wide_dtype(rows))
     # Rank 0's partial product brings the bias, so that it is added once and before the rounding.
     local_matmul(rows, b, bias if group.rank == 0 else None, out=out)
     group.shm.all_reduce(out.data_ptr(), out.data_ptr(), out.numel(), SUM_CODES[out.dtype], out.shape)
-    return out.to(a.dtype).view(*a.shape[:-1], b.shape[1])
+    return out.to(a.dtype).view(*a.shape[:-1], n)
 
 
 def matmul_all_reduce_pg(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGroup) -> Tensor:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tpweave.comm.call import local_objection, pg_objection
+from tpweave.comm.call import direct, local_objection, pg_objection
 from tpweave.comm.local_matmul import as_rows, local_matmul, sum_of_matmuls, wide_dtype
 from tpweave.comm.reduce_scatter import reduce_scatter_pg
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
@@ -286,5 +286,9 @@ def matmul_reduce_scatter(
     found = resolve_group(group)
     length = b.shape[1] if dim == a.dim() - 1 else a.shape[dim]
     splits = splits_or_even("matmul_reduce_scatter", "splits", splits, found.size, length)
+    if a.dtype in _DTYPES and direct("matmul_reduce_scatter", a, found, backend) is not None and is_plain_call(b, bias):
+        in_parts = rows_of_parts(a, dim, splits) >= PART_ROWS
+        run = matmul_reduce_scatter_shm if in_parts else matmul_reduce_scatter_shm_whole
+        return run([a], [b], bias, dim, found, splits, reduce_op == "avg")
     call = _impl if is_plain_call(a, b, bias) else matmul_reduce_scatter_op
     return call([a], [b], bias, dim, found.name, splits, reduce_op == "avg", backend)
