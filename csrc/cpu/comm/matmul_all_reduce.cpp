@@ -34,14 +34,15 @@ void small_matmul(const LocalMatmul& args) {
   const int64_t element = static_cast<int64_t>(dtype_size(args.dtype));
   const int64_t out_row = args.columns * (args.wide ? 4 : element);
   const int64_t packed_rows = args.rows < kMaxRows ? args.rows : kMaxRows;
-  std::vector<float> packed(static_cast<size_t>(packed_rows * packed_depth(args.depth)));
+  const int64_t stride_packed = packed_depth(args.depth);
+  std::vector<float> packed(static_cast<size_t>(packed_rows * stride_packed));
   for (int64_t row = 0; row < args.rows; row += kMaxRows) {
     const int64_t turn = args.rows - row < kMaxRows ? args.rows - row : kMaxRows;
     const char* a_row = static_cast<const char*>(args.a) + row * args.stride_a * element;
-    kernels.pack_a(a_row, args.stride_a, turn, args.depth, dense_columns, args.dtype, packed.data());
-    const SmallMatmul product{packed.data(), args.b,       args.bias,  static_cast<char*>(args.out) + row * out_row,
-                              turn,          args.columns, args.depth, dense_columns ? args.stride_bn : args.stride_bk,
-                              dense_columns};
+    kernels.pack_a(a_row, args.stride_a, turn, args.depth, dense_columns, args.dtype, packed.data(), stride_packed);
+    const SmallMatmul product{
+        packed.data(), args.b,     args.bias,     static_cast<char*>(args.out) + row * out_row,    turn,
+        args.columns,  args.depth, stride_packed, dense_columns ? args.stride_bn : args.stride_bk, dense_columns};
     parallel_for(args.columns, column_grain(args.depth, dtype_size(args.dtype)),
                  [&](int64_t begin, int64_t end) { kernels.multiply(product, args.dtype, args.wide, begin, end); });
   }

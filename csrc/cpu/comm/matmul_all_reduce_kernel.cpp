@@ -56,8 +56,7 @@ template <typename T, int kRows, int kColumns, bool kFetch>
 TPWEAVE_INLINE void add_dots(const SmallMatmul& args, int64_t row, int64_t panel, int64_t column, int64_t from,
                              int64_t to, float* kept) {
   typedef DotOf<T> Dot;
-  const int64_t stride_a = (args.depth + 31) / 32 * 32;
-  const typename Dot::Packed* a = static_cast<const typename Dot::Packed*>(args.packed_a) + row * stride_a;
+  const typename Dot::Packed* a = static_cast<const typename Dot::Packed*>(args.packed_a) + row * args.stride_a;
   const T* b = static_cast<const T*>(args.b) + (panel + column) * args.stride_b;
   VecF sums[kRows][kColumns];
   for (int m = 0; m < kRows; ++m) {
@@ -73,7 +72,7 @@ TPWEAVE_INLINE void add_dots(const SmallMatmul& args, int64_t row, int64_t panel
       if (kFetch) __builtin_prefetch(b + (kPanel + n) * args.stride_b + k, 0, 2);
     }
     for (int m = 0; m < kRows; ++m) {
-      const typename Dot::Operand va = Dot::load_a(a + m * stride_a + k);
+      const typename Dot::Operand va = Dot::load_a(a + m * args.stride_a + k);
       for (int n = 0; n < kColumns; ++n) sums[m][n] = Dot::multiply_add(va, vb[n], sums[m][n]);
     }
   }
@@ -81,7 +80,7 @@ TPWEAVE_INLINE void add_dots(const SmallMatmul& args, int64_t row, int64_t panel
     for (int n = 0; n < kColumns; ++n) {
       const typename Dot::Operand vb = Dot::load_b_partial(b + n * args.stride_b + k, to - k);
       for (int m = 0; m < kRows; ++m) {
-        sums[m][n] = Dot::multiply_add(Dot::load_a(a + m * stride_a + k), vb, sums[m][n]);
+        sums[m][n] = Dot::multiply_add(Dot::load_a(a + m * args.stride_a + k), vb, sums[m][n]);
       }
     }
   }
@@ -141,7 +140,6 @@ void multiply_dense_columns(const SmallMatmul& args, int64_t begin, int64_t end)
 // kDepth products. sums: [rows, count], for the columns from `begin`.
 template <typename T, int kDepth>
 TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, int64_t count, float* sums) {
-  const int64_t stride_a = (args.depth + 31) / 32 * 32;
   const float* a = static_cast<const float*>(args.packed_a) + k;
   const T* b = static_cast<const T*>(args.b) + k * args.stride_b + begin;
   int64_t n = 0;
@@ -150,7 +148,7 @@ TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, 
     for (int i = 0; i < kDepth; ++i) vb[i] = load(b + i * args.stride_b + n);
     for (int64_t m = 0; m < args.rows; ++m) {
       VecF sum = load(sums + m * count + n);
-      for (int i = 0; i < kDepth; ++i) sum = fma(set1(a[m * stride_a + i]), vb[i], sum);
+      for (int i = 0; i < kDepth; ++i) sum = fma(set1(a[m * args.stride_a + i]), vb[i], sum);
       store(sums + m * count + n, sum);
     }
   }
@@ -158,7 +156,7 @@ TPWEAVE_INLINE void add_rows(const SmallMatmul& args, int64_t k, int64_t begin, 
     for (int64_t m = 0; m < args.rows; ++m) {
       VecF sum = load_partial(sums + m * count + n, count - n);
       for (int i = 0; i < kDepth; ++i) {
-        sum = fma(set1(a[m * stride_a + i]), load_partial(b + i * args.stride_b + n, count - n), sum);
+        sum = fma(set1(a[m * args.stride_a + i]), load_partial(b + i * args.stride_b + n, count - n), sum);
       }
       store_partial(sums + m * count + n, sum, count - n);
     }
@@ -190,30 +188,31 @@ void multiply_dense_rows(const SmallMatmul& args, int64_t begin, int64_t end) {
 }
 
 template <typename T, typename Packed>
-void pack_rows(const T* a, int64_t stride_a, int64_t rows, int64_t depth, Packed* packed) {
+void pack_rows(const T* a, int64_t stride_a, int64_t rows, int64_t depth, Packed* packed, int64_t stride) {
   const int64_t padded = (depth + 31) / 32 * 32;
   for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t k = 0; k < depth; ++k) from_float(to_float(a[m * stride_a + k]), packed + m * padded + k);
-    for (int64_t k = depth; k < padded; ++k) from_float(0.0f, packed + m * padded + k);
+    for (int64_t k = 0; k < depth; ++k) from_float(to_float(a[m * stride_a + k]), packed + m * stride + k);
+    for (int64_t k = depth; k < padded; ++k) from_float(0.0f, packed + m * stride + k);
   }
 }
 
 template <typename T>
-void pack(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, void* packed) {
+void pack(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, void* packed,
+          int64_t stride) {
   const T* from = static_cast<const T*>(a);
   if (dense_columns) {
-    pack_rows(from, stride_a, rows, depth, static_cast<typename DotOf<T>::Packed*>(packed));
+    pack_rows(from, stride_a, rows, depth, static_cast<typename DotOf<T>::Packed*>(packed), stride);
   } else {
-    pack_rows(from, stride_a, rows, depth, static_cast<float*>(packed));
+    pack_rows(from, stride_a, rows, depth, static_cast<float*>(packed), stride);
   }
 }
 
-void pack_a(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype,
-            void* packed) {
+void pack_a(const void* a, int64_t stride_a, int64_t rows, int64_t depth, bool dense_columns, DType dtype, void* packed,
+            int64_t stride) {
   switch (dtype) {
-    case DType::kBFloat16: pack<BFloat16>(a, stride_a, rows, depth, dense_columns, packed); break;
-    case DType::kFloat16: pack<Float16>(a, stride_a, rows, depth, dense_columns, packed); break;
-    default: pack<float>(a, stride_a, rows, depth, dense_columns, packed); break;
+    case DType::kBFloat16: pack<BFloat16>(a, stride_a, rows, depth, dense_columns, packed, stride); break;
+    case DType::kFloat16: pack<Float16>(a, stride_a, rows, depth, dense_columns, packed, stride); break;
+    default: pack<float>(a, stride_a, rows, depth, dense_columns, packed, stride); break;
   }
 }
 
