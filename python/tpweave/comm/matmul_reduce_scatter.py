@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
 
-# From this many rows for each rank, a product in parts is no slower than one as a whole (fp32, K 2048, N 4096, one
-# thread of Zen 3: 1024 rows in 2 parts 0.99 of the time in one, 512 rows 1.05, 256 rows 1.07).
-PART_ROWS = 1024
+# From this many rows for each rank, what a product in parts costs is lost in its repeats (fp32, K 2048, N 4096, Zen 3:
+# two parts of 128 rows 1.07 of the time in one, of 256 rows 1.05; two ranks with parts of 1024 rows 1.03 to 1.05 of the
+# matmul alone, where a whole product of 512 rows takes 0.98 to 1.02).
+PART_ROWS = 2048
 
 
 def _part_of(bias: Tensor | None, dim: int, dims: int, group: TPGroup, splits: Sequence[int]) -> Tensor | None:
