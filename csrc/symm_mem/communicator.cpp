@@ -188,9 +188,12 @@ void ShmCommunicator::check_usable() const {
   }
 }
 
-void ShmCommunicator::start_trace() {
+void ShmCommunicator::start_trace(int64_t kill_at, double delay) {
   const std::lock_guard<std::mutex> lock(mutex_);
   trace_ = std::make_unique<Trace>();
+  trace_->kill_at = kill_at;
+  trace_->delay_ns = static_cast<uint64_t>(delay * 1e9);
+  trace_->random = static_cast<uint64_t>(rank()) + 1;
 }
 
 Trace ShmCommunicator::take_trace() {

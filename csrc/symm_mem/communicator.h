@@ -148,13 +148,14 @@ class ShmCommunicator {
   void begin_steps(int64_t last_step) { last_step_ = base_step_ + static_cast<uint64_t>(last_step); }
   void leave() {
     base_step_ = last_step_;
-    if (trace_ != nullptr) trace_->push_back({collective_name(op_), -1, 0, call_began_, monotonic_ns()});
+    if (trace_ != nullptr) trace_->events.push_back({collective_name(op_), -1, 0, call_began_, monotonic_ns()});
   }
   // Gives up in the middle of a call: the other ranks raise, and this one in every later call.
   void abandon();
 
   // From `start_trace` on, every call, publish, wait and TraceSpan over `trace()` is noted, until `take_trace`.
-  void start_trace();
+  // `kill_at` and `delay` (seconds, below 1): see Trace.
+  void start_trace(int64_t kill_at = -1, double delay = 0.0);
   Trace take_trace();
   Trace* trace() const { return trace_.get(); }
 

@@ -133,7 +133,8 @@ using TraceRow = std::tuple<std::string, int, int64_t, uint64_t, uint64_t>;
 
 std::vector<TraceRow> take_trace(ShmCommunicator& comm) {
   std::vector<TraceRow> rows;
-  for (const TraceEvent& event : comm.take_trace()) {
+  const Trace trace = comm.take_trace();
+  for (const TraceEvent& event : trace.events) {
     rows.emplace_back(event.name, event.peer, event.step, event.begin, event.end);
   }
   return rows;
@@ -352,7 +353,8 @@ void register_shm_communicator(py::module_& m) {
       .def("publish_step", &ShmCommunicator::publish_step)
       .def("await_step", &ShmCommunicator::await_step, py::call_guard<py::gil_scoped_release>())
       .def("end", &end)
-      .def("start_trace", &ShmCommunicator::start_trace, py::call_guard<py::gil_scoped_release>())
+      .def("start_trace", &ShmCommunicator::start_trace, py::arg("kill_at") = -1, py::arg("delay") = 0.0,
+           py::call_guard<py::gil_scoped_release>())
       .def("take_trace", &take_trace)
       .def("abandon", &abandon)
       .def("close", &ShmCommunicator::close, py::call_guard<py::gil_scoped_release>())
