@@ -6,6 +6,7 @@ The input of column-parallel linear layers under sequence parallelism.
                  but what `return_a` asks for
     shm_whole    the parts are copied once, from where the peers hold them, and multiplied as one: each part costs torch
                  another packing of b
+    shm_sequence `all_gather`, then the product: for small tensors, to lend memory costs more
 
 Gradient, the dual `matmul_reduce_scatter`; the shard is kept, not the gathered tensor, which is gathered again:
     da_r = rank r's part of (sum over ranks of sum_i dy_i @ b_i^T, and of da),    db_i = a^T @ dy_i,
@@ -22,15 +23,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tpweave.comm.all_gather import all_gather_op, all_gather_pg
+from tpweave.comm.all_gather import all_gather_op, all_gather_pg, all_gather_shm
 from tpweave.comm.call import direct, local_objection, pg_objection
 from tpweave.comm.local_matmul import as_rows, local_matmul, sum_of_matmuls, wide_dtype
 from tpweave.comm.matmul_reduce_scatter import (
     PART_ROWS,
+    SMALL_ELEMENTS,
     check_matmul,
     matmul_reduce_scatter_op,
     parts_objection,
     rows_of_parts,
+    size_objection,
 )
 from tpweave.comm.reduce_scatter import reduce_scatter_op
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
@@ -61,6 +64,11 @@ def _facts(a: Tensor, dim: int, return_a: bool) -> tuple[int, int]:
     """What all ranks must agree on beside the splits, in two numbers."""
     other = [*a.shape[:dim], *a.shape[dim + 1 :]]
     return prod(other), (other[-1] * a.dim() + dim) * 2 + return_a
+
+
+def _elements(a: Tensor, dim: int, splits: Sequence[int]) -> int:
+    """Of the gathered tensor; equal on all ranks."""
+    return prod(a.shape[:dim]) * sum(splits) * prod(a.shape[dim + 1 :])
 
 
 def all_gather_matmul_shm(
@@ -139,6 +147,13 @@ def all_gather_matmul_shm_whole(
     return None, ys
 
 
+def all_gather_matmul_shm_sequence(
+    a: Tensor, b: Tensors, bias: Tensors, dim: int, group: TPGroup, splits: Sequence[int], return_a: bool
+) -> Result:
+    whole = all_gather_shm(a, dim, group, splits)
+    return whole if return_a else None, _products(whole, b, bias)
+
+
 def all_gather_matmul_pg(
     a: Tensor, b: Tensors, bias: Tensors, dim: int, group: TPGroup, splits: Sequence[int], return_a: bool
 ) -> Result:
@@ -157,8 +172,10 @@ _DTYPES = FLOATS | {torch.float64}
 ALL_GATHER_MATMUL = Op("all_gather_matmul", [
     Backend("local", all_gather_matmul_local, Needs(rules=(local_objection,))),
     Backend("shm", all_gather_matmul_shm,
-            Needs(device="cpu", transport="shm", dtypes=_DTYPES, advice=(parts_objection,))),
-    Backend("shm_whole", all_gather_matmul_shm_whole, Needs(device="cpu", transport="shm", dtypes=_DTYPES)),
+            Needs(device="cpu", transport="shm", dtypes=_DTYPES, advice=(parts_objection, size_objection))),
+    Backend("shm_whole", all_gather_matmul_shm_whole,
+            Needs(device="cpu", transport="shm", dtypes=_DTYPES, advice=(size_objection,))),
+    Backend("shm_sequence", all_gather_matmul_shm_sequence, Needs(device="cpu", transport="shm", dtypes=_DTYPES)),
     Backend("pg", all_gather_matmul_pg, Needs(rules=(pg_objection,))),
     Backend("reference", all_gather_matmul_reference, Needs()),
 ])  # fmt: skip
@@ -166,7 +183,9 @@ ALL_GATHER_MATMUL = Op("all_gather_matmul", [
 
 def _impl(a, b, bias, dim, group_name, splits, return_a, backend):
     group = TPGroup.by_name(group_name)
-    inputs = Inputs([a, *b, *bias], group=group, part_rows=rows_of_parts(a, dim, splits))
+    inputs = Inputs(
+        [a, *b, *bias], group=group, part_rows=rows_of_parts(a, dim, splits), elements=_elements(a, dim, splits)
+    )
     whole, ys = ALL_GATHER_MATMUL.choose(inputs, backend).run(a, b, bias, dim, group, splits, return_a)
     return a.new_empty(0) if whole is None else whole, ys
 
@@ -265,8 +284,11 @@ def all_gather_matmul(
     bias = [b.new_zeros(b.shape[1]) if x is None else x for b, x in zip(bs, given, strict=True)]
     bias = [] if all(x is None for x in given) else bias
     if a_shard.dtype in _DTYPES and direct(op, a_shard, found, backend) is not None and is_plain_call(*bs, *bias):
-        in_parts = rows_of_parts(a_shard, dim, splits) >= PART_ROWS
-        run = all_gather_matmul_shm if in_parts else all_gather_matmul_shm_whole
+        run = all_gather_matmul_shm_whole
+        if _elements(a_shard, dim, splits) <= SMALL_ELEMENTS:
+            run = all_gather_matmul_shm_sequence
+        elif rows_of_parts(a_shard, dim, splits) >= PART_ROWS:
+            run = all_gather_matmul_shm
         return run(a_shard, bs, bias, dim, found, splits, return_a)
     call = _impl if is_plain_call(a_shard, *bs, *bias) else all_gather_matmul_op
     a, ys = call(a_shard, list(bs), bias, dim, found.name, splits, return_a, backend)

@@ -6,6 +6,7 @@ machines with bf16 instructions the products of more than SMALL_ROWS rows of bf1
 
     shm          the product in parts, the next rank's first and this rank's own last: peers add while others multiply
     shm_whole    one product: each part costs torch another packing of b
+    shm_sequence the product in memory of its own, then `reduce_scatter`: for small tensors, to lend memory costs more
 
 Gradient, with dY the ranks' dy joined (divided by R for a mean), the dual `all_gather_matmul`:
     da_s = dY @ b_s^T,    db_s = a_s^T @ dY,    dbias = sum over the rows of all ranks of dy: equal on all ranks, as
@@ -24,7 +25,7 @@ import torch
 
 from tpweave.comm.call import direct, local_objection, pg_objection
 from tpweave.comm.local_matmul import as_rows, local_matmul, sum_of_matmuls, wide_dtype
-from tpweave.comm.reduce_scatter import reduce_scatter_pg
+from tpweave.comm.reduce_scatter import reduce_scatter_pg, reduce_scatter_shm
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
 from tpweave.distributed.group import TPGroup, resolve_group
 from tpweave.distributed.splits import check_dim, splits_or_even
@@ -43,6 +44,10 @@ Tensors = Sequence[Tensor]
 # two parts of 128 rows 1.07 of the time in one, of 256 rows 1.05; two ranks with parts of 1024 rows 1.03 to 1.05 of the
 # matmul alone, where a whole product of 512 rows takes 0.98 to 1.02).
 PART_ROWS = 2048
+
+# Up to this many elements of the tensor that travels, its own memory and the group's slots are quicker than memory that
+# is lent (two ranks, fp32, Zen 3: 4,096 elements 0.6 to 0.9 of the time, 131,072 elements 0.90 to 0.97).
+SMALL_ELEMENTS = 1 << 19
 
 
 def _part_of(bias: Tensor | None, dim: int, dims: int, group: TPGroup, splits: Sequence[int]) -> Tensor | None:
@@ -141,6 +146,17 @@ def _product(a: Tensors, b: Tensors, bias: Tensor | None = None) -> Tensor:
     return (out if bias is None else out + bias).to(a[0].dtype).view(shape)
 
 
+def matmul_reduce_scatter_shm_sequence(
+    a: Tensors, b: Tensors, bias: Tensor | None, dim: int, group: TPGroup, splits: Sequence[int], average: bool
+) -> Tensor:
+    rows = [as_rows(t) for t in a]
+    product = rows[0].new_empty((rows[0].shape[0], b[0].shape[1]), dtype=wide_dtype(rows[0]))
+    sum_of_matmuls(rows, b, out=product)
+    out = reduce_scatter_shm(product.view(*a[0].shape[:-1], b[0].shape[1]), dim, group, splits, average)
+    bias = _part_of(bias, dim, a[0].dim(), group, splits)
+    return (out if bias is None else out + bias).to(a[0].dtype)
+
+
 def matmul_reduce_scatter_pg(
     a: Tensors, b: Tensors, bias: Tensor | None, dim: int, group: TPGroup, splits: Sequence[int], average: bool
 ) -> Tensor:
@@ -163,6 +179,14 @@ def parts_objection(inputs: Inputs) -> str | None:
     return f"parts of less than {PART_ROWS} rows of the first dimension cost more than they hide; this has {part_rows}"
 
 
+def size_objection(inputs: Inputs) -> str | None:
+    """Advice against lent memory."""
+    elements = inputs.values.get("elements")
+    if elements is None or elements > SMALL_ELEMENTS:
+        return None
+    return f"up to {SMALL_ELEMENTS} elements travel faster in sequence; these are {elements}"
+
+
 def rows_of_parts(a: Tensor, dim: int, splits: Sequence[int]) -> int:
     """Rows of the smallest part, of those that lie together; 0 where the parts are no runs of rows."""
     if dim == a.dim() - 1 or prod(a.shape[:dim]) != 1:
@@ -175,8 +199,10 @@ _DTYPES = FLOATS | {torch.float64}
 MATMUL_REDUCE_SCATTER = Op("matmul_reduce_scatter", [
     Backend("local", matmul_reduce_scatter_local, Needs(rules=(local_objection,))),
     Backend("shm", matmul_reduce_scatter_shm,
-            Needs(device="cpu", transport="shm", dtypes=_DTYPES, advice=(parts_objection,))),
-    Backend("shm_whole", matmul_reduce_scatter_shm_whole, Needs(device="cpu", transport="shm", dtypes=_DTYPES)),
+            Needs(device="cpu", transport="shm", dtypes=_DTYPES, advice=(parts_objection, size_objection))),
+    Backend("shm_whole", matmul_reduce_scatter_shm_whole,
+            Needs(device="cpu", transport="shm", dtypes=_DTYPES, advice=(size_objection,))),
+    Backend("shm_sequence", matmul_reduce_scatter_shm_sequence, Needs(device="cpu", transport="shm", dtypes=_DTYPES)),
     Backend("pg", matmul_reduce_scatter_pg, Needs(rules=(pg_objection,))),
     Backend("reference", matmul_reduce_scatter_reference, Needs()),
 ])  # fmt: skip
@@ -184,7 +210,8 @@ MATMUL_REDUCE_SCATTER = Op("matmul_reduce_scatter", [
 
 def _impl(a, b, bias, dim, group_name, splits, average, backend):
     group = TPGroup.by_name(group_name)
-    inputs = Inputs([*a, *b, bias], group=group, part_rows=rows_of_parts(a[0], dim, splits))
+    inputs = Inputs([*a, *b, bias], group=group, part_rows=rows_of_parts(a[0], dim, splits),
+                    elements=prod(a[0].shape[:-1]) * b[0].shape[1])  # fmt: skip
     return MATMUL_REDUCE_SCATTER.choose(inputs, backend).run(a, b, bias, dim, group, splits, average)
 
 
@@ -288,8 +315,11 @@ def matmul_reduce_scatter(
     length = b.shape[1] if dim == a.dim() - 1 else a.shape[dim]
     splits = splits_or_even("matmul_reduce_scatter", "splits", splits, found.size, length)
     if a.dtype in _DTYPES and direct("matmul_reduce_scatter", a, found, backend) is not None and is_plain_call(b, bias):
-        in_parts = rows_of_parts(a, dim, splits) >= PART_ROWS
-        run = matmul_reduce_scatter_shm if in_parts else matmul_reduce_scatter_shm_whole
+        run = matmul_reduce_scatter_shm_whole
+        if prod(a.shape[:-1]) * b.shape[1] <= SMALL_ELEMENTS:
+            run = matmul_reduce_scatter_shm_sequence
+        elif rows_of_parts(a, dim, splits) >= PART_ROWS:
+            run = matmul_reduce_scatter_shm
         return run([a], [b], bias, dim, found, splits, reduce_op == "avg")
     call = _impl if is_plain_call(a, b, bias) else matmul_reduce_scatter_op
     return call([a], [b], bias, dim, found.name, splits, reduce_op == "avg", backend)
