@@ -98,9 +98,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     # Imported here: reduce_scatter's backward is all_gather.
-    from tpweave.comm.reduce_scatter import reduce_scatter_op
+    from tpweave.comm.reduce_scatter import REDUCE_SCATTER, reduce_scatter_op
 
-    return reduce_scatter_op(dy, ctx.dim, ctx.group_name, ctx.splits, False, ctx.backend), None, None, None, None
+    backend = REDUCE_SCATTER.named(ctx.backend)
+    return reduce_scatter_op(dy, ctx.dim, ctx.group_name, ctx.splits, False, backend), None, None, None, None
 
 
 all_gather_op = register_op(
