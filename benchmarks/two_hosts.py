@@ -78,7 +78,7 @@ class TwoHosts:
                     process.wait()
         if any(process.returncode != 0 for process in running):
             codes = [process.returncode for process in running]
-            raise RuntimeError(f"{' '.join(arguments)} ended with {codes}:\n" + "\n".join(printed)[-6000:])
+            raise RuntimeError(f"{' '.join(arguments)} ended with {codes}:\n" + "\n".join(printed)[:9000])
         return printed[0]
 
 

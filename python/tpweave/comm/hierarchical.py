@@ -13,7 +13,7 @@ fp32 (fp64 for fp64) and rounded to the tensor's dtype. All ranks hold the same 
 share a host, that is not the order 0..R-1 of one flat sum, and bf16 and fp16 are rounded once per level: twice.
 
 Every rank of the group takes part in every exchange, those that carry nothing with empty pieces, so that a rank which
-dies is seen by all.
+dies is seen by all. What sums send between hosts may be compressed: see `tpweave.comm.compression`.
 
 Dims: R ranks, H hosts. Source: two-level collectives as in Horovod (Sergeev and Del Balso, 2018).
 """
@@ -25,7 +25,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tpweave.comm.call import SUM_CODES
-from tpweave.distributed.exchange import exchange_all, exchange_pieces, flat_bytes
+from tpweave.comm.compression import codec_for
+from tpweave.distributed.exchange import exchange_all, exchange_pieces, flat_bytes, parts_of
 from tpweave.distributed.group import TPGroup
 from tpweave.distributed.splits import even_splits
 from tpweave.distributed.supervision import inside_host
@@ -37,8 +38,8 @@ Tensor = torch.Tensor
 
 def _topology(x: Tensor, group: TPGroup, *, adds: bool) -> Topology:
     """The group's hosts where shared memory is a way for x, else each rank on its own."""
-    if group.transport == "hierarchical" and x.is_cpu and (x.dtype in SUM_CODES or not adds):
-        return group.topology
+    if x.is_cpu and (x.dtype in SUM_CODES or not adds):
+        return group.between_hosts
     return Topology.flat(group.size, group.rank)
 
 
@@ -47,7 +48,7 @@ def sum_everywhere(x: Tensor, group: TPGroup) -> Tensor:
     topology = _topology(x, group, adds=True)
     shares = topology.shares(x.numel())
     part = _sum_inside(x, shares, group, topology)
-    total = _sum_between(part, group, topology)
+    total = _sum_between(part, group, topology, x.nbytes)
     return _gather_inside(flat_bytes(total), [n * x.element_size() for n in shares], group, topology).view(x.dtype)
 
 
@@ -65,7 +66,9 @@ def sum_scattered(x: Tensor, numels: Sequence[int], group: TPGroup, divide_by: i
     idle = [0] * (len(topology.mine) - topology.rails)
     part = _sum_inside(x, [sum(load) for load in loads] + idle, group, topology)
     load = loads[topology.local] if topology.rail else []
-    out = _sum_of_pieces(dict(zip(topology.rail, part.split(load), strict=True)), group, topology, divide_by, x)
+    out = _sum_of_pieces(
+        dict(zip(topology.rail, part.split(load), strict=True)), group, topology, divide_by, x, x.nbytes
+    )
     if len(topology.mine) == topology.rails:
         return out
     return _hand_over(out, numels, group, topology)
@@ -84,7 +87,7 @@ def gather(x: Tensor, numels: Sequence[int], group: TPGroup) -> list[Tensor]:
     for host in others if topology.rail else ():
         sent[topology.rail[host]] = torch.cat([pieces[r] for r in topology.carried(topology.host, topology.local)])
         awaited[topology.rail[host]] = sum(sizes[rank] for rank in topology.carried(host, topology.local))
-    received = _exchange(sent, awaited, group, here)
+    received = _exchange(sent, awaited, group, here, sum(sizes))
     # What came over the rails, as it lies there: rail after rail, in each host after host.
     order = [[r for host in others for r in topology.carried(host, rail)] for rail in range(topology.rails)]
     widths = [sum(sizes[rank] for rank in ranks) for ranks in order]
@@ -130,40 +133,63 @@ def _hand_over(x: Tensor, numels: Sequence[int], group: TPGroup, topology: Topol
     return out
 
 
-def _sum_between(part: Tensor, group: TPGroup, topology: Topology) -> Tensor:
+def _sum_between(part: Tensor, group: TPGroup, topology: Topology, whole: int) -> Tensor:
     """The sum over this rail's ranks of `part`, on each of them."""
     if len(topology.hosts) == 2:
         # As many bytes as in two steps, with half the latency.
-        return _sum_of_pieces(dict.fromkeys(topology.rail, part), group, topology, 1, part)
+        return _sum_of_pieces(dict.fromkeys(topology.rail, part), group, topology, 1, part, whole)
     sizes = even_splits(part.numel(), len(topology.hosts))
     pieces = dict(zip(topology.rail, part.split(sizes), strict=False))
-    mine = _sum_of_pieces(pieces, group, topology, 1, part)
-    lengths = dict(zip(topology.rail, sizes, strict=False))
-    everyones = _exchange(dict.fromkeys(topology.rail, mine), lengths, group, part)
-    return torch.cat([everyones[peer] for peer in topology.rail]) if topology.rail else part
+    mine = _sum_of_pieces(pieces, group, topology, 1, part, whole)
+    codec = codec_for(part.dtype, group)
+    lengths = sizes if codec is None else [codec.nbytes(size) for size in sizes]
+    mine = mine if codec is None else codec.pack(mine)
+    sums = _exchange(
+        dict.fromkeys(topology.rail, mine), dict(zip(topology.rail, lengths, strict=False)), group, mine, whole
+    )
+    if not topology.rail:
+        return part
+    if codec is not None:
+        unpacked = [codec.sum([sums[peer]], size, part.dtype) for peer, size in zip(topology.rail, sizes, strict=True)]
+        return torch.cat(unpacked)
+    return torch.cat([sums[peer] for peer in topology.rail])
 
 
 def _sum_of_pieces(
-    pieces: Mapping[int, Tensor], group: TPGroup, topology: Topology, divide_by: int, like: Tensor
+    pieces: Mapping[int, Tensor], group: TPGroup, topology: Topology, divide_by: int, like: Tensor, whole: int
 ) -> Tensor:
     """Send pieces[peer] to each rank of the rail; the sum, in host order, of what they sent to this one."""
-    length = pieces[group.rank].numel() if pieces else 0
-    received = _exchange(pieces, dict.fromkeys(topology.rail, length), group, like)
+    codec = codec_for(like.dtype, group)
+    count = pieces[group.rank].numel() if pieces else 0
+    if codec is None:
+        received = _exchange(pieces, dict.fromkeys(topology.rail, count), group, like, whole)
+        if not received:
+            return like.new_empty(0)
+        return sum_in_rank_order([received[peer] for peer in topology.rail], divide_by)
+    # The same piece for several peers is packed once.
+    packed = {id(piece): codec.pack(piece) for piece in pieces.values()}
+    sent = {peer: packed[id(piece)] for peer, piece in pieces.items()}
+    lengths = dict.fromkeys(topology.rail, codec.nbytes(count))
+    received = _exchange(sent, lengths, group, like.new_empty(0, dtype=torch.uint8), whole)
     if not received:
         return like.new_empty(0)
-    return sum_in_rank_order([received[peer] for peer in topology.rail], divide_by)
+    everyones = [received[peer] for peer in topology.rail]
+    if divide_by == 1:
+        return codec.sum(everyones, count, like.dtype)
+    return (codec.sum(everyones, count, torch.float32) / divide_by).to(like.dtype)
 
 
 def _exchange(
-    pieces: Mapping[int, Tensor], lengths: Mapping[int, int], group: TPGroup, like: Tensor
+    pieces: Mapping[int, Tensor], lengths: Mapping[int, int], group: TPGroup, like: Tensor, whole: int
 ) -> dict[int, Tensor]:
     """Send pieces[peer] to each peer; what each of them sent, of these lengths, in the order of `lengths`.
 
-    A rank's piece for itself stays where it is. All ranks of the group call this, perhaps with nothing.
+    A rank's piece for itself stays where it is. All ranks of the group call this, perhaps with nothing. `whole` are the
+    bytes of the group's tensor, equal on all ranks.
     """
     sent = [pieces[peer].reshape(-1) for peer in sorted(pieces) if peer != group.rank]
     in_numels = [pieces[peer].numel() if peer in pieces and peer != group.rank else 0 for peer in range(group.size)]
     out_numels = [lengths.get(peer, 0) if peer != group.rank else 0 for peer in range(group.size)]
     flat = sent[0] if len(sent) == 1 else torch.cat(sent) if sent else like.new_empty(0)
-    received = exchange_pieces(flat, group, in_numels, out_numels)
+    received = exchange_pieces(flat, group, in_numels, out_numels, parts=parts_of(whole))
     return {peer: pieces[peer] if peer == group.rank else received[peer] for peer in lengths}

@@ -5,6 +5,9 @@ On shared memory few rows are one native call: every rank multiplies into memory
 Partial products are added in fp32 and rounded once, with one exception: on machines with bf16 instructions
 the local product of more than SMALL_ROWS rows of bf16 or fp16 is torch's, which rounds it before the ranks add theirs.
 
+Over torch.distributed, chunks of rows travel while the next ones are multiplied. Their number follows from measured
+rates, so that the bits, equal on all ranks, may differ between runs as torch's products of fewer rows do.
+
 Gradient: every rank holds the same y and computes the same loss from it, so dy is the same on all ranks (the convention
 of `tpweave.comm.regions.reduce_from_ranks`), and nothing has to travel:
     da_r = dy @ b_r^T,    db_r = a_r^T @ dy,    dbias = sum over rows of dy
@@ -18,11 +21,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tpweave.comm.all_reduce import all_reduce_pg
 from tpweave.comm.call import SUM_CODES, direct, local_objection, pg_objection
+from tpweave.comm.compression import wire_bytes
+from tpweave.comm.hierarchical import sum_everywhere
 from tpweave.comm.local_matmul import as_rows, is_native, kernel_operands, local_matmul, wide_dtype
 from tpweave.dispatch import FLOATS, Backend, Inputs, Needs, Op
+from tpweave.distributed.exchange import agree, describe
 from tpweave.distributed.group import TPGroup, resolve_group
+from tpweave.distributed.pipeline import carrier
+from tpweave.distributed.splits import even_splits
 from tpweave.library import register_op
 from tpweave.native import _C, DTYPE_CODES, data_ptr
 from tpweave.reference.comm.matmul_all_reduce import matmul_all_reduce_reference
@@ -52,7 +59,20 @@ def matmul_all_reduce_shm(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGr
 
 
 def matmul_all_reduce_pg(a: Tensor, b: Tensor, bias: Tensor | None, group: TPGroup) -> Tensor:
-    out = all_reduce_pg(a @ b, group)
+    """In chunks of rows: one travels while the next is multiplied."""
+    rows = as_rows(a)
+    m, n = rows.shape[0], b.shape[1]
+    facts = describe("matmul_all_reduce", a.dtype, (*a.shape[:-1], n))
+    # Ranks may differ in depth, but not in their number of chunks.
+    depth = max(depths[0] for depths in agree(group, a.device, facts, [b.shape[0]]))
+    wire = wire_bytes(a.dtype, group)
+    chunks = group.cost_model.chunks(group, "sum_everywhere", m, depth, n, m * n, wire, rows, local_matmul)
+    sizes = even_splits(m, chunks)
+    with carrier(group, a.device) as submit:
+        arriving = [submit(sum_everywhere, local_matmul(part, b).view(-1), group) for part in rows.split(sizes)]
+        totals = [chunk.result() for chunk in arriving]
+    out = totals[0] if chunks == 1 else torch.cat(totals)
+    out = out.view(*a.shape[:-1], n)
     return out if bias is None else out.add_(bias)
 
 

@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
 import torch
@@ -26,10 +26,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tpweave import env
+from tpweave.distributed.cost_model import CostModel
 from tpweave.distributed.symmetric_memory import SymmetricBuffer, join
 from tpweave.distributed.topology import Topology
 
 _DISTRIBUTED = dist.is_available()
+
+# How sums may travel between hosts.
+COMPRESSIONS = ("int8",)
 
 # What the public ops take as `group`.
 GroupLike = Union["TPGroup", "dist.ProcessGroup", DeviceMesh, None]
@@ -51,6 +55,8 @@ class TPGroup:
         transport: "shm", "hierarchical", "pg" or "none", the same on all ranks.
         transport_reason: why it is not "shm", in words; None when it is.
         topology: which ranks share a host. Where that is not known, each has its own.
+        compression: how sums travel over a kind of link, e.g. `{"inter_host": "int8"}`; empty: as they are.
+        cost_model: what has been measured of the group's link and matmuls.
         shm: the native communicator of the "shm" transport, else None.
         failure: why no more collective runs over torch.distributed, in words; None while all is well.
         calling, calls: the last op that went over torch.distributed, and how many there have been.
@@ -61,7 +67,9 @@ class TPGroup:
     _by_name: dict[str, TPGroup] = {}  # noqa: RUF012
     _by_process_group: dict[Any, TPGroup] = {}  # noqa: RUF012
 
-    def __init__(self, process_group: dist.ProcessGroup | None, timeout: float) -> None:
+    def __init__(
+        self, process_group: dist.ProcessGroup | None, timeout: float, compression: Mapping[str, str] | None = None
+    ) -> None:
         self.process_group = process_group
         self.ranks: tuple[int, ...] = (0,)
         if process_group is None:
@@ -91,6 +99,11 @@ class TPGroup:
             self.transport = "none" if self.size == 1 else "shm"
         else:
             self.transport = "pg" if self.topology.is_flat else "hierarchical"
+        self.cost_model = CostModel()
+        self.compression: dict[str, str] = {}
+        if self.size > 1 and len(set(self.all_gather_object(repr(compression)))) > 1:
+            raise ValueError(f"the ranks gave different compressions, this one {compression}")
+        self.compression.update(compression or {})
         _groups.add(self)
         TPGroup._by_name[self.name] = self
         TPGroup._by_process_group[process_group] = self
@@ -114,6 +127,11 @@ class TPGroup:
         self._timeout = _checked_timeout(seconds)
         if self.topology.shm is not None:
             self.topology.shm.set_timeout(self._timeout)
+
+    @property
+    def between_hosts(self) -> Topology:
+        """The topology as the `pg` rows see it: on "shm" and "pg" each rank is on its own there."""
+        return self.topology if self.transport == "hierarchical" else Topology.flat(self.size, self.rank)
 
     @property
     def backend(self) -> str | None:
@@ -207,7 +225,9 @@ def _release_groups() -> None:
         group.process_group = None
 
 
-def init(group: GroupLike = None, *, timeout: float | None = None) -> TPGroup:
+def init(
+    group: GroupLike = None, *, timeout: float | None = None, compression: Mapping[str, str] | None = None
+) -> TPGroup:
     """The `TPGroup` of some ranks, built when it does not exist yet. All ranks of the group must call this.
 
     Without arguments this is the default group, which ops use for `group=None`: all ranks of `torch.distributed`,
@@ -217,18 +237,24 @@ def init(group: GroupLike = None, *, timeout: float | None = None) -> TPGroup:
     Args:
         group: None, a `TPGroup`, a `ProcessGroup` or a 1-D `DeviceMesh`.
         timeout: seconds that a collective waits for a late rank (None: TPWEAVE_TIMEOUT, default 300).
+        compression: `{"inter_host": "int8"}` lets sums travel between hosts as int8 blocks, with the error that
+            `tpweave.comm.compression` states; `{}` turns it off; the same on all ranks. None: as the group has it, off
+            where it is new. Ranks whose hosts are not known (transport "pg") count as one host each.
 
     Returns:
         the group.
 
     Raises:
-        ValueError: this process is not in the group, the mesh has more than one dimension, the timeout is not positive.
+        ValueError: this process is not in the group, the mesh has more than one dimension, the timeout is not positive,
+            no such compression.
         RuntimeError: several processes were started, but not so that torch.distributed can join them.
 
     Example:
         >>> group = tpweave.init(timeout=60)
     """
     seconds = None if timeout is None else _checked_timeout(timeout)
+    if compression is not None:
+        _check_compression(compression)
     if isinstance(group, TPGroup):
         existing: TPGroup | None = group
         process_group = group.process_group
@@ -239,9 +265,13 @@ def init(group: GroupLike = None, *, timeout: float | None = None) -> TPGroup:
         if not existing.poisoned:
             if seconds is not None:
                 existing.timeout = seconds
+            if compression is not None:
+                # A copy: calls that are under way in another thread keep theirs.
+                existing.compression = dict(compression)
             return existing
+        compression = existing.compression if compression is None else compression
         existing.destroy()
-    return TPGroup(process_group, env.timeout_seconds() if seconds is None else seconds)
+    return TPGroup(process_group, env.timeout_seconds() if seconds is None else seconds, compression)
 
 
 def resolve_group(group: GroupLike = None) -> TPGroup:
@@ -302,6 +332,14 @@ def _join_world() -> dist.ProcessGroup | None:
                 "Call torch.distributed.init_process_group first, or start the processes with torchrun."
             )
     return None
+
+
+def _check_compression(compression: Mapping[str, str]) -> None:
+    for link, form in compression.items():
+        if link != "inter_host" or form not in COMPRESSIONS:
+            raise ValueError(
+                f"compression is {dict(compression)}; it takes {{'inter_host': form}} with one of {COMPRESSIONS}"
+            )
 
 
 def _checked_timeout(seconds: float) -> float:

@@ -78,6 +78,16 @@ def inside_host(group: TPGroup) -> Iterator[Any]:
         _fail(group, began, error)
 
 
+def abandon(group: TPGroup, reason: str) -> None:
+    """Give a group up that this rank has fallen out of step with: the others learn of it, and raise."""
+    if group.failure is None:
+        group.failure = f"this group failed earlier: {reason}; build a new one with tpweave.init"
+        with contextlib.suppress(RuntimeError):
+            _store(group).set("failed", "1")
+    if group.topology.shm is not None:
+        group.topology.shm.close()
+
+
 def _store(group: TPGroup) -> Any:
     """The process group's store under keys of this group."""
     process_group: Any = group.process_group
