@@ -39,18 +39,26 @@ TPWEAVE_INLINE HighLow multiply_wide(VecU a, uint32_t factor) {
 #endif
 }
 
-// Replaces the counters in each lane by the words drawn from them.
-TPWEAVE_INLINE void philox(VecU (&words)[4], uint32_t key0, uint32_t key1) {
+// Replaces the counters in each lane by the words drawn from them. Rounds wait for their own results: several sets of
+// counters side by side fill the time.
+template <int kSets>
+TPWEAVE_INLINE void philox(VecU (&words)[kSets][4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-    const HighLow a = multiply_wide(words[0], 0xd2511f53u);
-    const HighLow b = multiply_wide(words[2], 0xcd9e8d57u);
-    words[0] = b.high ^ words[1] ^ key0;
-    words[1] = b.low;
-    words[2] = a.high ^ words[3] ^ key1;
-    words[3] = a.low;
+    for (VecU(&set)[4] : words) {
+      const HighLow a = multiply_wide(set[0], 0xd2511f53u);
+      const HighLow b = multiply_wide(set[2], 0xcd9e8d57u);
+      set[0] = b.high ^ set[1] ^ key0;
+      set[1] = b.low;
+      set[2] = a.high ^ set[3] ^ key1;
+      set[3] = a.low;
+    }
     key0 += 0x9e3779b9u;
     key1 += 0xbb67ae85u;
   }
+}
+
+TPWEAVE_INLINE void philox(VecU (&words)[4], uint32_t key0, uint32_t key1) {
+  philox<1>(reinterpret_cast<VecU(&)[1][4]>(words), key0, key1);
 }
 
 }  // namespace

@@ -413,6 +413,18 @@ std::string ShmCommunicator::describe_calls(uint64_t sequence) const {
           call = concat(line.facts[0], " rows, sends ", list, " bytes, receives ", list_text(counts[1], line.facts[2]));
           break;
         case CollectiveOp::kSymmetricBuffer: call = concat(line.facts[0], " bytes, channel #", line.facts[1]); break;
+        case CollectiveOp::kQuantizedAllReduce:
+        case CollectiveOp::kQuantizedAllGather:
+        case CollectiveOp::kQuantizedReduceScatter: {
+          const int64_t seed = line.facts[0];
+          const int64_t extra = line.facts[1];
+          const std::string rows =
+              op == CollectiveOp::kQuantizedAllReduce ? "" : concat(QuantizedFacts::outer(extra), " rows of ");
+          call = concat(dtype, " ", rows, list, QuantizedFacts::average(extra) ? ", avg, " : ", ",
+                        QuantizedFacts::bits(extra), " bits in blocks of ", QuantizedFacts::block(extra),
+                        seed < 0 ? "" : concat(", seed ", seed));
+          break;
+        }
         case CollectiveOp::kBarrier:
         case CollectiveOp::kNone: call.clear(); break;
         default: call = concat(dtype, " ", list, ", ", line.facts[0], ", ", line.facts[1]);

@@ -83,6 +83,17 @@ struct CollectiveCall {
   int64_t own = 0;  // this rank's alone, e.g. the offset of its tensor in the arena
 };
 
+// `extra` of the quantised collectives, whose `fact` is the seed, or -1 without one.
+struct QuantizedFacts {
+  static int64_t pack(int64_t outer, bool average, int bits, int64_t block) {
+    return outer << 16 | (average ? 1 : 0) << 15 | static_cast<int64_t>(bits) << 11 | block;
+  }
+  static int64_t outer(int64_t extra) { return extra >> 16; }
+  static bool average(int64_t extra) { return (extra >> 15 & 1) != 0; }
+  static int64_t bits(int64_t extra) { return extra >> 11 & 15; }
+  static int64_t block(int64_t extra) { return extra & 2047; }
+};
+
 struct CommunicatorOptions {
   int rank = 0;
   int size = 1;

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 
 #include "bindings.h"
@@ -17,6 +18,9 @@
 #include "cpu/comm/distributed_topk.h"
 #include "cpu/comm/matmul_all_reduce.h"
 #include "cpu/comm/matmul_reduce_scatter.h"
+#include "cpu/comm/quantized_all_gather.h"
+#include "cpu/comm/quantized_all_reduce.h"
+#include "cpu/comm/quantized_reduce_scatter.h"
 #include "cpu/comm/reduce_scatter.h"
 #include "cpu/comm/vocab_parallel_embedding.h"
 #include "symm_mem/communicator.h"
@@ -142,18 +146,24 @@ std::vector<TraceRow> take_trace(ShmCommunicator& comm) {
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+// What of a shape fits into a call's list.
+struct Dims {
+  int64_t sizes[kMaxRanks];
+  int count = 0;
+
+  explicit Dims(const py::tuple& shape) {
+    for (const py::handle dim : shape) {
+      if (count < kMaxRanks) sizes[count++] = PyLong_AsLongLong(dim.ptr());
+    }
+  }
+};
+
 // `shape`: a tuple, or None where the number of elements says enough.
 void bind_all_reduce(ShmCommunicator& comm, uintptr_t in, uintptr_t out, int64_t numel, int dtype,
                      const py::object& shape) {
-  int64_t dims[kMaxRanks];
-  int num_dims = 0;
-  if (!shape.is_none()) {
-    for (const py::handle dim : py::reinterpret_borrow<py::tuple>(shape)) {
-      if (num_dims < kMaxRanks) dims[num_dims++] = PyLong_AsLongLong(dim.ptr());
-    }
-  }
+  const Dims dims(shape.is_none() ? py::tuple() : py::reinterpret_borrow<py::tuple>(shape));
   const py::gil_scoped_release without_gil;
-  all_reduce(comm, pointer(in), pointer(out), numel, static_cast<DType>(dtype), dims, num_dims);
+  all_reduce(comm, pointer(in), pointer(out), numel, static_cast<DType>(dtype), dims.sizes, dims.count);
 }
 
 AllReduceRmsNorm reduced_norm_call(Address x, Address residual, Address weight, Address y, Address residual_out,
@@ -289,6 +299,32 @@ uint64_t bind_all_gather_matmul_gather(ShmCommunicator& comm, uintptr_t whole, i
                                   lent);
 }
 
+QuantizedOptions quantized_options(int bits, int64_t block, const std::optional<int64_t>& seed) {
+  return {check_block_format(bits, block), seed.has_value(), seed.value_or(0)};
+}
+
+void bind_quantized_all_reduce(ShmCommunicator& comm, Address in, Address residual, Address out, int64_t numel,
+                               int dtype, const py::tuple& shape, int bits, int64_t block,
+                               std::optional<int64_t> seed) {
+  const Dims dims(shape);
+  const py::gil_scoped_release without_gil;
+  quantized_all_reduce(comm, in.as(), residual.as<float>(), out.as(), numel, static_cast<DType>(dtype), dims.sizes,
+                       dims.count, quantized_options(bits, block, seed));
+}
+
+void bind_quantized_all_gather(ShmCommunicator& comm, Address in, Address out, int64_t outer, const Widths& inner_numel,
+                               int dtype, int bits, int64_t block, std::optional<int64_t> seed) {
+  quantized_all_gather(comm, in.as(), out.as(), outer, inner_numel, static_cast<DType>(dtype),
+                       quantized_options(bits, block, seed));
+}
+
+void bind_quantized_reduce_scatter(ShmCommunicator& comm, Address in, Address residual, Address out, int64_t outer,
+                                   const Widths& inner_numel, int dtype, bool average, int bits, int64_t block,
+                                   std::optional<int64_t> seed) {
+  quantized_reduce_scatter(comm, in.as(), residual.as<float>(), out.as(), outer, inner_numel, static_cast<DType>(dtype),
+                           average, quantized_options(bits, block, seed));
+}
+
 }  // namespace
 
 void register_shm_communicator(py::module_& m) {
@@ -332,6 +368,9 @@ void register_shm_communicator(py::module_& m) {
       .def("matmul_all_reduce", &bind_matmul_all_reduce, py::call_guard<py::gil_scoped_release>())
       .def("matmul_reduce_scatter", &bind_matmul_reduce_scatter, py::call_guard<py::gil_scoped_release>())
       .def("all_gather_matmul_gather", &bind_all_gather_matmul_gather, py::call_guard<py::gil_scoped_release>())
+      .def("quantized_all_reduce", &bind_quantized_all_reduce)
+      .def("quantized_all_gather", &bind_quantized_all_gather, py::call_guard<py::gil_scoped_release>())
+      .def("quantized_reduce_scatter", &bind_quantized_reduce_scatter, py::call_guard<py::gil_scoped_release>())
       .def("barrier", &ShmCommunicator::barrier, py::call_guard<py::gil_scoped_release>())
       .def("set_timeout", &ShmCommunicator::set_timeout)
       .def("symmetric_buffer", &symmetric_buffer, py::arg("bytes"), py::arg("channel"),

@@ -128,11 +128,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Backend:
-    """One row: a name, the function that runs, and what it needs."""
+    """One row: a name, the function that runs, what it needs, and what `explain` says of it where it can run."""
 
     name: str
     run: Callable[..., Any]
     needs: Needs
+    note: str = ""
 
 
 class Op:
@@ -205,17 +206,18 @@ def warn_once(message: str) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `tpweave.explain` found: rows as (backend, reason or None), and the row that would run."""
+    """What `tpweave.explain` found: rows as (backend, reason or None), the row that would run, the rows' notes."""
 
     op: str
     rows: list[tuple[str, str | None]]
     chosen: str | None
+    notes: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"{self.op}:"]
         for name, reason in self.rows:
             mark = "->" if name == self.chosen else "  "
-            lines.append(f" {mark} {name:<10} {reason or 'ok'}")
+            lines.append(f" {mark} {name:<10} {reason or self.notes[name] or 'ok'}")
         return "\n".join(lines)
 
 
@@ -242,4 +244,5 @@ def explain(op: str, *tensors: torch.Tensor | None, group: Any = None, **values:
         raise ValueError(f"no operation '{op}'; there are: {', '.join(sorted(ops))}")
     inputs = Inputs(tensors, group=group, **values)
     rows = [(row.name, row.needs.why_not(inputs) or row.needs.only_if_named(inputs)) for row in ops[op].backends]
-    return Explanation(op, rows, next((name for name, reason in rows if reason is None), None))
+    notes = {row.name: row.note for row in ops[op].backends}
+    return Explanation(op, rows, next((name for name, reason in rows if reason is None), None), notes)

@@ -328,6 +328,31 @@ CHECKS: tuple[Check, ...] = (
         ),
         collective=True,
     ),
+    *(
+        Check(
+            "quantized_all_reduce", f"33x65 int{bits}{'' if seed is None else ' stochastic'}",
+            lambda d: (d.normal(33, 65),),
+            lambda i, backend, group, bits=bits, seed=seed: tpweave.quantized_all_reduce(
+                i[0], group, bits=bits, seed=seed, backend=backend
+            ),
+            collective=True,
+        )
+        for bits, seed in ((8, None), (4, 3))
+    ),
+    Check(
+        "quantized_all_gather", "uneven 2x(30+r)x5 int8",
+        lambda d: (d.normal(2, 30 + d.rank, 5), [30 + rank for rank in range(d.ranks)]),
+        lambda i, backend, group: tpweave.quantized_all_gather(i[0], 1, group, splits=i[1], backend=backend),
+        collective=True,
+    ),
+    Check(
+        "quantized_reduce_scatter", "uneven 2x(3+r)x50 int4",
+        lambda d: (d.normal(2, sum(_uneven(d)), 50), _uneven(d)),
+        lambda i, backend, group: tpweave.quantized_reduce_scatter(
+            i[0], 1, group, splits=i[1], bits=4, backend=backend
+        ),
+        collective=True,
+    ),
     Check(
         "linear_cross_entropy", "6x16 onto 11 rows a rank, losses and entropies",
         lambda d: (d.shared_normal(6, 16), d.normal(11, 16) / 16, torch.arange(6, device=d.device)),

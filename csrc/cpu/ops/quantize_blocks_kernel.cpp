@@ -15,13 +15,20 @@ struct Dither {
   uint32_t words[kGroupWords];
 
   void draw(const Rounding& rounding, int64_t element) {
+    constexpr int kSets = 16 / kLanes;
     const uint64_t counter = static_cast<uint64_t>(element / kDitherGroup) * 16;
-    for (int first = 0; first < 16; first += kLanes) {
-      VecU low = {};
-      for (int i = 0; i < kLanes; ++i) low[i] = static_cast<uint32_t>(counter) + static_cast<uint32_t>(first + i);
-      VecU drawn[4] = {low, VecU{} + static_cast<uint32_t>(counter >> 32), VecU{} + rounding.stream, VecU{}};
-      philox(drawn, static_cast<uint32_t>(rounding.seed), static_cast<uint32_t>(rounding.seed >> 32));
-      for (int i = 0; i < 4; ++i) __builtin_memcpy(words + 16 * i + first, &drawn[i], sizeof(drawn[i]));
+    VecU lanes = {};
+    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint32_t>(i);
+    VecU drawn[kSets][4];
+    for (int set = 0; set < kSets; ++set) {
+      drawn[set][0] = lanes + (static_cast<uint32_t>(counter) + static_cast<uint32_t>(set * kLanes));
+      drawn[set][1] = VecU{} + static_cast<uint32_t>(counter >> 32);
+      drawn[set][2] = VecU{} + rounding.stream;
+      drawn[set][3] = VecU{};
+    }
+    philox(drawn, static_cast<uint32_t>(rounding.seed), static_cast<uint32_t>(rounding.seed >> 32));
+    for (int set = 0; set < kSets; ++set) {
+      for (int i = 0; i < 4; ++i) __builtin_memcpy(words + 16 * i + set * kLanes, &drawn[set][i], sizeof(VecU));
     }
   }
 

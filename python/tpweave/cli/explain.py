@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in found.rows:
         takes = ("runs", "bold green") if name == found.chosen else ("could run", "green")
         state = takes if reason is None else ("off", "yellow")
-        cells.append((name, output.styled(*state), reason or ""))
+        cells.append((name, output.styled(*state), reason or found.notes[name]))
     output.print_table(
         console, f"{found.op}: {sizes} {args.dtype} on {args.device}", ("backend", "state", "why"), cells
     )

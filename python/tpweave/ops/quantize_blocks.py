@@ -43,10 +43,12 @@ def quantize_blocks_cpu(
     count = x.numel()
     codes = x.new_empty(form.code_bytes(count), dtype=torch.uint8)
     scales = x.new_empty(form.num_blocks(count), dtype=torch.bfloat16)
-    _C.quantize_blocks(
-        x, residual, codes, scales, count, first, form.bits, form.block, rounding.seed, rounding.stream,
-        DTYPE_CODES[x.dtype],
-    )  # fmt: skip
+    # The empty part at a tensor's end does not begin at a whole unit.
+    if count > 0:
+        _C.quantize_blocks(
+            x, residual, codes, scales, count, first, form.bits, form.block, rounding.seed, rounding.stream,
+            DTYPE_CODES[x.dtype],
+        )  # fmt: skip
     return codes, scales
 
 
