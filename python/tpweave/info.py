@@ -122,6 +122,8 @@ def _groups() -> list[dict[str, Any]]:
             "size": group.size,
             "transport": group.transport,
             "why_not_shm": group.transport_reason,
+            "hosts": group.topology.hosts,
+            "compression": group.compression,
             "workspace_bytes": group.workspace_bytes,
         }
         for group in TPGroup._by_name.values()
@@ -134,7 +136,8 @@ def collect() -> dict[str, Any]:
     Returns:
         `versions`, `machine`, `gpu`, `isa` (active, available), `openmp` (runtime, threads), `transports` and
         `backends` (each with None or the reason it is off), `environment` (each variable that tpweave reads), and
-        `groups` (of this process: rank, size, transport and why it is not shm, bytes of shared memory).
+        `groups` (of this process: rank, size, transport and why it is not shm, ranks by host, compression, bytes of
+        shared memory).
 
     Example:
         >>> tpweave.info.collect()["isa"]["active"]
