@@ -116,8 +116,8 @@ def quantized_all_gather(
 ) -> Tensor:  # fmt: skip
     """The ranks' tensors joined along `dim`, in rank order, on every rank; they travel as integers of 8 or 4 bits.
 
-    Made for slow links between hosts; within a host (`shm`) it means the same and takes about as long as `all_gather`,
-    or longer. The error's bound is in the module's docstring.
+    Made for slow links between hosts; within a host (`shm`) it means the same, but the plain
+    `all_gather` is quicker. The error's bound is in the module's docstring.
 
     Args:
         x: this rank's shard, of at least one dimension; fp32, bf16, fp16 or fp64 (which is quantised as fp32).

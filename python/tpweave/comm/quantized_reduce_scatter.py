@@ -149,8 +149,8 @@ def quantized_reduce_scatter(
 ) -> Tensor:  # fmt: skip
     """This rank's part, along `dim`, of the sum over ranks of x, which travels as integers of 8 or 4 bits.
 
-    Made for slow links between hosts; within a host (`shm`) it means the same and takes about as long as
-    `reduce_scatter`, or longer. The error's bound is in the module's docstring.
+    Made for slow links between hosts; within a host (`shm`) it means the same, but the plain
+    `reduce_scatter` is quicker. The error's bound is in the module's docstring.
 
     Args:
         x: the full tensor, of the same shape on all ranks; fp32, bf16, fp16 or fp64 (which is quantised as fp32).
