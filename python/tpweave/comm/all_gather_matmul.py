@@ -52,12 +52,15 @@ Tensors = Sequence[Tensor]
 Result = tuple["Tensor | None", list[Tensor]]
 
 
+def _each(bias: Tensors, b: Tensors) -> list[Tensor | None]:
+    """A bias, or None, for every b."""
+    return [*bias] if bias else [None] * len(b)
+
+
 def _products(whole: Tensor, b: Tensors, bias: Tensors) -> list[Tensor]:
     rows = as_rows(whole)
-    biases = bias or [None] * len(b)
-    return [
-        local_matmul(rows, w, added).view(*whole.shape[:-1], w.shape[1]) for w, added in zip(b, biases, strict=True)
-    ]
+    shape = whole.shape[:-1]
+    return [local_matmul(rows, w, added).view(*shape, w.shape[1]) for w, added in zip(b, _each(bias, b), strict=True)]
 
 
 def _facts(a: Tensor, dim: int, return_a: bool) -> tuple[int, int]:
@@ -116,7 +119,7 @@ def all_gather_matmul_shm(
                 shards[peer] = a.new_empty(shapes[peer])
             multiply(peer)
         if depth_gathered:
-            for y, w, added in zip(ys, b, bias or [None] * len(b), strict=True):
+            for y, w, added in zip(ys, b, _each(bias, b), strict=True):
                 rows = [as_rows(shard) for shard in shards]
                 wide = torch.empty(y.numel() // max(1, w.shape[1]), w.shape[1], dtype=wide_dtype(rows[0]))
                 sum_of_matmuls(rows, w.split(list(splits)), out=wide)
