@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ def isa(request):
     _C.set_active_isa(request.param)
     yield request.param
     _C.set_active_isa(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rank_server():
+    """The process that `tpweave.testing.run_ranks` forks ranks from, with what many tests import in each of them."""
+    forkserver.set_forkserver_preload(
+        ["torch", "torch.distributed", "torch._dynamo", "torch._dynamo.backends.debugging", "transformers",
+         "transformers.modeling_utils", "tpweave.native"]
+    )  # fmt: skip
+    forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,9 @@ def assert_near(got, want, what, tolerance=TOLERANCE):
 
 
 def assert_gradients_near(ours, eager, what):
-    # Some gradients are zero but for rounding (key biases shift all scores of a query alike).
-    floor = 0.01 * max(p.grad.abs().max().item() for p in eager.parameters() if p.grad is not None)
+    # Some gradients are zero but for rounding (key biases shift all scores of a query alike): what is left of them is
+    # measured against the model's largest.
+    floor = 0.05 * max(p.grad.abs().max().item() for p in eager.parameters() if p.grad is not None)
     for (name, own), wanted in zip(ours.named_parameters(), eager.parameters(), strict=True):
         assert (own.grad is None) == (wanted.grad is None), f"{what} {name}"
         if own.grad is not None:
