@@ -1,6 +1,6 @@
 // The shm protocol with ranks as threads over one mapping, for ThreadSanitizer: every collective, changing sizes,
 // results checked, then a mismatch. Arguments: number of ranks, number of calls. Built and run by
-// test_thread_sanitizer.py.
+// test_sanitizers.py.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

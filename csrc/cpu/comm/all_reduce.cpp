@@ -155,7 +155,7 @@ void all_reduce(ShmCommunicator& comm, const void* in, void* out, int64_t numel,
   const int64_t offset = lent_offset(comm, in, bytes);
   const int64_t own = 2 * offset + (offset > 0 && in == out ? 1 : 0);
   comm.enter({CollectiveOp::kAllReduce, dtype, numel, 0, dims, num_dims, nullptr, own});
-  if (small && offset == 0) std::memcpy(comm.arrival_slot(comm.rank()), in, static_cast<size_t>(bytes));
+  if (small && offset == 0 && bytes > 0) std::memcpy(comm.arrival_slot(comm.rank()), in, static_cast<size_t>(bytes));
   comm.publish_arrival();
   comm.await_arrivals();
   const Inputs inputs{comm, static_cast<const char*>(in), small};

@@ -1,4 +1,5 @@
-"""The shm protocol under ThreadSanitizer: ranks as threads over one arena; every read of shared memory is ordered."""
+"""The shm protocol, ranks as threads over one arena, under ThreadSanitizer (every read of shared memory is ordered) and
+under AddressSanitizer with UndefinedBehaviorSanitizer (no access outside of what was allocated)."""
 
 import concurrent.futures
 import pathlib
@@ -24,20 +25,36 @@ def run(command, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
-@pytest.fixture(scope="module")
-def stress(tmp_path_factory):
+SANITIZERS = {"thread": "thread", "address": "address,undefined"}
+
+
+@pytest.fixture(scope="module", params=SANITIZERS)
+def stress(request, tmp_path_factory):
+    sanitize = f"-fsanitize={SANITIZERS[request.param]}"
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
     directory = tmp_path_factory.mktemp("stress")
     (directory / "probe.cpp").write_text("int main() { return 0; }")
-    probe = [compiler, "-fsanitize=thread", str(directory / "probe.cpp"), "-o", str(directory / "probe")]
+    probe = [compiler, sanitize, str(directory / "probe.cpp"), "-o", str(directory / "probe")]
     if run(probe).returncode != 0 or run([str(directory / "probe")]).returncode != 0:
-        pytest.skip("the compiler's ThreadSanitizer does not work here")
+        pytest.skip(f"the compiler's {sanitize} does not work here")
 
     def compile_one(source, name, *flags):
         target = directory / f"{name}.o"
-        done = run([compiler, *FLAGS, "-fsanitize=thread", *flags, "-c", str(ROOT / source), "-o", str(target)])
+        done = run(
+            [
+                compiler,
+                *FLAGS,
+                sanitize,
+                "-fno-sanitize-recover=all",
+                *flags,
+                "-c",
+                str(ROOT / source),
+                "-o",
+                str(target),
+            ]
+        )
         assert done.returncode == 0, done.stderr
         return str(target)
 
@@ -47,12 +64,12 @@ def stress(tmp_path_factory):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: compile_one(*job), jobs))
     program = directory / "stress"
-    done = run([compiler, "-fsanitize=thread", "-pthread", *objects, "-o", str(program)])
+    done = run([compiler, sanitize, "-pthread", *objects, "-o", str(program)])
     assert done.returncode == 0, done.stderr
     return program
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_no_data_race(stress, ranks):
+def test_no_race_and_no_stray_access(stress, ranks):
     done = run([str(stress), str(ranks), "40"], timeout=120)
     assert done.returncode == 0 and done.stdout == "right\n", done.stdout + done.stderr[-6000:]
