@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 import tpweave
-from tpweave.benchmarks.registry import Bench, Case, dtype_named
+from tpweave.benchmarks.comm.woven_cases import CASES, SWEEP
+from tpweave.benchmarks.registry import Bench, dtype_named
 from tpweave.comm.local_matmul import local_matmul
 
 
@@ -43,21 +44,9 @@ def check(inputs, y):
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
 
 
-# 60 shapes on which it must not be slower than in sequence: `--case sweep`.
-SWEEP = tuple(
-    Case(f"sweep M{m} K{k} N{n} fp32", {"rows": m, "depth": k, "columns": n, "dtype": "fp32"})
-    for m in (2, 16, 64, 256, 1024)
-    for k in (128, 512, 2048)
-    for n in (256, 1024, 2048, 4096)
-)
-
 BENCH = Bench(
     stem="matmul_reduce_scatter",
-    cases=tuple(
-        Case(f"{dtype} M{m} K2048 N4096", {"rows": m, "depth": 2048, "columns": 4096, "dtype": dtype})
-        for dtype in ("fp32", "bf16")
-        for m in (16, 512, 1024, 2048, 4096)
-    ),
+    cases=CASES,
     make=make,
     ours=lambda inputs: tpweave.matmul_reduce_scatter(inputs[0], inputs[1].t()),
     rivals={"linear + gloo": linear_and_gloo, "in sequence": in_sequence, "matmul alone": matmul_alone},

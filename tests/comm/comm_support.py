@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import threading
 import traceback
 
 import pytest
@@ -115,3 +116,21 @@ def same_bits_on_all_ranks(group, tensors):
     """Assert that every rank holds these tensors."""
     digest = hashlib.sha256(b"".join(flat_bytes(tensor).numpy().tobytes() for tensor in tensors)).digest()
     assert len(set(group.all_gather_object(digest))) == 1, "ranks hold different bits"
+
+
+def in_two_threads(run):
+    """`run(0)` and `run(1)` at the same time; what either raises is raised here."""
+    errors = []
+
+    def guarded(index):
+        try:
+            run(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors

@@ -3,13 +3,12 @@
 import os
 import signal
 import sys
-import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from comm_support import ALL_WORLDS, FLOATS, assert_check, assert_ranks_disagree, cases, numbers
+from comm_support import ALL_WORLDS, FLOATS, assert_check, assert_ranks_disagree, cases, in_two_threads, numbers
 
 import tpweave
 from tpweave.comm.all_gather_matmul import ALL_GATHER_MATMUL
@@ -161,24 +160,15 @@ def two_groups_from_two_threads(group, backend):
     groups = [group, tpweave.init(dist.new_group(list(group.ranks)))]
     shards = [numbers((6, 16), torch.float32, rank) for rank in range(group.size)]
     b = numbers((16, 12), torch.float32, 50)
-    errors = []
 
     def run(index):
-        try:
-            for step in range(10):
-                _, (y,) = tpweave.all_gather_matmul(
-                    shards[group.rank] * (step + index), [b], group=groups[index], return_a=False, backend=backend
-                )
-                torch.testing.assert_close(y, torch.cat(shards) @ b * (step + index), rtol=1e-4, atol=1e-3)
-        except BaseException as error:
-            errors.append(error)
+        for step in range(10):
+            _, (y,) = tpweave.all_gather_matmul(
+                shards[group.rank] * (step + index), [b], group=groups[index], return_a=False, backend=backend
+            )
+            torch.testing.assert_close(y, torch.cat(shards) @ b * (step + index), rtol=1e-4, atol=1e-3)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
+    in_two_threads(run)
 
 
 def ranks_disagree(group, backend):

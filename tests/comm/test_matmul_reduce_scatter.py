@@ -3,13 +3,12 @@
 import os
 import signal
 import sys
-import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from comm_support import ALL_WORLDS, FLOATS, assert_check, assert_ranks_disagree, cases, numbers
+from comm_support import ALL_WORLDS, FLOATS, assert_check, assert_ranks_disagree, cases, in_two_threads, numbers
 
 import tpweave
 from tpweave.comm.matmul_reduce_scatter import MATMUL_REDUCE_SCATTER, PART_ROWS
@@ -123,25 +122,16 @@ def opcheck_compile_and_checkpoint(group, backend):
 def two_groups_from_two_threads(group, backend):
     groups = [group, tpweave.init(dist.new_group(list(group.ranks)))]
     a, b, _ = inputs_of(((20,), 16, 12, 0), torch.float32, group)
-    errors = []
 
     def run(index):
-        try:
-            for step in range(10):
-                y = tpweave.matmul_reduce_scatter(
-                    a[group.rank] * (step + index), b[group.rank], group=groups[index], backend=backend
-                )
-                want = expected(a, b, None, 0, even_splits(20, group.size), group.rank, False, True) * (step + index)
-                torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-3)
-        except BaseException as error:
-            errors.append(error)
+        for step in range(10):
+            y = tpweave.matmul_reduce_scatter(
+                a[group.rank] * (step + index), b[group.rank], group=groups[index], backend=backend
+            )
+            want = expected(a, b, None, 0, even_splits(20, group.size), group.rank, False, True) * (step + index)
+            torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-3)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
+    in_two_threads(run)
 
 
 def ranks_disagree(group, backend):
